@@ -1,0 +1,2 @@
+//! The cluster.
+fn main() {}
