@@ -1,0 +1,750 @@
+//! The configuration file: its schema, its defaults, every rule it must keep, and its hash.
+//!
+//! Pure: bytes in, [`Config`] or [`Error`] out. No file, socket, clock or async here, since the operator compiles
+//! this module alone (`default-features = false`) to judge a configuration before it deploys it.
+
+use std::{collections::HashSet, fmt, net::SocketAddr, time::Duration};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+pub mod units;
+
+/// Largest file that is read, in bytes. A ConfigMap cannot hold more.
+pub const MAX_FILE: usize = 1 << 20;
+
+/// Most experts that one file may name. Each expert is a metric label, and label sets must stay small.
+pub const MAX_EXPERTS: usize = 100;
+
+/// Longest duration that any field takes.
+const LONGEST: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// First 16 lower-case hex digits of the SHA-256 of the raw bytes of a configuration file.
+///
+/// The admin port reports it as `hash`, so that whoever wrote the file can tell when it is in force.
+pub fn hash(file: &[u8]) -> String {
+    Sha256::digest(file).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Why a configuration was refused. Its text names each field, what is wrong with it and how to mend it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}", self.problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+pub struct Error {
+    /// All that was found; never empty. A file that cannot be read as the schema says has exactly one.
+    pub problems: Vec<Problem>,
+}
+
+/// One thing that is wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Path of the field, such as `experts[1].url`, or empty for the file as a whole.
+    pub path: String,
+    /// What is wrong, and what to write instead.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.path.is_empty() {
+            f.write_str(&self.message)
+        } else {
+            write!(f, "{}: {}", self.path, self.message)
+        }
+    }
+}
+
+/// A whole configuration. One that came from [`Config::parse`] keeps every rule of this module.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Config {
+    /// Ports and limits of the service itself.
+    #[serde(default)]
+    pub server: Server,
+    /// The upstream services, 1 to [`MAX_EXPERTS`], with unique names.
+    pub experts: Vec<Expert>,
+    /// How a query is spread over the experts.
+    #[serde(default)]
+    pub dispatch: Dispatch,
+    /// The switches. What is absent is off: the baseline path serves.
+    #[serde(default)]
+    pub optimizations: Optimizations,
+    /// What "off" means.
+    #[serde(default)]
+    pub baseline: Baseline,
+}
+
+/// Ports and limits of the service itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Server {
+    /// Address of the serving port. Read at start only.
+    pub listen: SocketAddr,
+    /// Address of the admin port. Read at start only.
+    pub admin: SocketAddr,
+    /// Queries served at once, 1 to 100,000; one more is answered 503 with `Retry-After`.
+    pub max_in_flight: u32,
+    /// Largest request body in bytes, 1 KiB to 64 MiB.
+    #[serde(with = "units::bytes")]
+    pub body_limit: u64,
+    /// What happens on SIGTERM.
+    pub drain: Drain,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([0, 0, 0, 0], 8080)),
+            admin: SocketAddr::from(([0, 0, 0, 0], 9090)),
+            max_in_flight: 1024,
+            body_limit: 1 << 20,
+            drain: Drain::default(),
+        }
+    }
+}
+
+/// What happens on SIGTERM.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Drain {
+    /// How long new queries are still taken while `/readyz` already says no, so that load balancers can notice.
+    #[serde(with = "units::duration")]
+    pub delay: Duration,
+    /// How long queries in flight may take after that.
+    #[serde(with = "units::duration")]
+    pub timeout: Duration,
+}
+
+impl Default for Drain {
+    fn default() -> Self {
+        Self { delay: Duration::from_secs(5), timeout: Duration::from_secs(25) }
+    }
+}
+
+/// One upstream service.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Expert {
+    /// Unique name: 1 to 63 lower-case letters, digits and inner hyphens. It is a metric label.
+    pub name: String,
+    /// The protocol that the expert speaks.
+    #[serde(default)]
+    pub kind: Kind,
+    /// Where queries are posted: `http://host[:port][/path][?query]`.
+    pub url: String,
+    /// How long one call may take, waiting for a connection included; above zero.
+    #[serde(default = "twenty_seconds", with = "units::duration")]
+    pub timeout: Duration,
+}
+
+/// The protocol that an expert speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Kind {
+    /// The query is posted as JSON, and the answer is a JSON document.
+    #[default]
+    Http,
+}
+
+/// How a query is spread over the experts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Dispatch {
+    /// Longest time for a query as a whole; above zero.
+    #[serde(with = "units::duration")]
+    pub deadline: Duration,
+    /// Answers needed for a query to count as ok, 1 to the number of experts. Absent: all that were asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quorum: Option<u32>,
+}
+
+impl Default for Dispatch {
+    fn default() -> Self {
+        Self { deadline: Duration::from_secs(30), quorum: None }
+    }
+}
+
+/// The switches, in the groups that the operator turns.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Optimizations {
+    /// Memory held and allocated.
+    pub memory: Memory,
+    /// Connections to experts.
+    pub connections: Connections,
+    /// The runtime's own monitoring.
+    pub monitoring: Monitoring,
+}
+
+/// Switches of the group `memory`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Memory {
+    /// Flat, pooled query buffers.
+    pub object_pool: ObjectPool,
+    /// A short-lived, bounded answer cache.
+    pub cache_ttl: CacheTtl,
+}
+
+/// Flat query buffers that are kept for the next query.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct ObjectPool {
+    /// Off: every query is a tree of fields, copied for each expert.
+    pub enabled: bool,
+    /// Buffers kept in all, 1 to 100,000.
+    pub max_objects: u32,
+    /// Largest buffer kept, in bytes, 1 KiB to 1 MiB. A larger one is freed, so that the pool cannot ratchet up
+    /// to the largest query ever seen. The pool holds `maxObjects × retainMax` bytes at the very most.
+    #[serde(with = "units::bytes")]
+    pub retain_max: u64,
+}
+
+impl Default for ObjectPool {
+    fn default() -> Self {
+        Self { enabled: false, max_objects: 128, retain_max: 16 << 10 }
+    }
+}
+
+/// The answer cache with a short time to live and bounds on entries and bytes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct CacheTtl {
+    /// Off: answers live for `baseline.cacheTtl`, and nothing but that and a fixed cap of the process bounds them.
+    pub enabled: bool,
+    /// Age after which an answer is not served any more; above zero.
+    #[serde(with = "units::duration")]
+    pub ttl: Duration,
+    /// Answers kept at most, 1 to 10,000,000.
+    pub max_entries: u32,
+    /// Bytes kept at most, keys and book-keeping included; 64 KiB to 64 GiB.
+    #[serde(with = "units::bytes")]
+    pub memory_limit: u64,
+}
+
+impl Default for CacheTtl {
+    fn default() -> Self {
+        Self { enabled: false, ttl: Duration::from_secs(1800), max_entries: 500, memory_limit: 64 << 20 }
+    }
+}
+
+/// Switches of the group `connections`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Connections {
+    /// One connection pool for all experts.
+    pub unified: Unified,
+}
+
+/// One connection pool for all experts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Unified {
+    /// Off: each expert has a pool of its own, as `baseline` says.
+    pub enabled: bool,
+    /// Connections to one host and port at most, 1 to 10,000. One connection carries one request at a time.
+    pub per_host: u32,
+    /// Connections to all hosts at most, `perHost` to 100,000.
+    pub total: u32,
+    /// How long an idle connection is kept; above zero.
+    #[serde(with = "units::duration")]
+    pub keep_alive: Duration,
+    /// How long a request waits for a connection before it fails as `busy`; above zero.
+    #[serde(with = "units::duration")]
+    pub acquire_timeout: Duration,
+}
+
+impl Default for Unified {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            per_host: 30,
+            total: 100,
+            keep_alive: Duration::from_secs(30),
+            acquire_timeout: Duration::from_secs(1),
+        }
+    }
+}
+
+/// Switches of the group `monitoring`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Monitoring {
+    /// Points are recorded when something changed, not by the clock.
+    pub adaptive_sampling: AdaptiveSampling,
+}
+
+/// Points are recorded when a value changed, or when a heartbeat is due.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct AdaptiveSampling {
+    /// Off: a point every `baseline.sampleInterval`.
+    pub enabled: bool,
+    /// Probe interval at the start and while a value moves a little; `min` to `probeMax`.
+    #[serde(with = "units::duration")]
+    pub base: Duration,
+    /// Probe interval while a value moves a lot; 100 ms or more.
+    #[serde(with = "units::duration")]
+    pub min: Duration,
+    /// Longest probe interval: a lasting step is recorded within this plus `min`, twice at the most.
+    #[serde(with = "units::duration")]
+    pub probe_max: Duration,
+    /// Longest silence of a series; `probeMax` to 290 s, since Prometheus looks back five minutes only.
+    #[serde(with = "units::duration")]
+    pub heartbeat: Duration,
+}
+
+impl Default for AdaptiveSampling {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            base: Duration::from_secs(5),
+            min: Duration::from_secs(1),
+            probe_max: Duration::from_secs(15),
+            heartbeat: Duration::from_secs(240),
+        }
+    }
+}
+
+/// What "off" means: the path that each optimization is compared with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Baseline {
+    /// Connections of each expert's own pool, 1 to 10,000.
+    pub per_host: u32,
+    /// How long an idle connection of such a pool is kept; above zero.
+    #[serde(with = "units::duration")]
+    pub keep_alive: Duration,
+    /// Age after which a cached answer is not served any more; above zero.
+    #[serde(with = "units::duration")]
+    pub cache_ttl: Duration,
+    /// Fixed interval of the monitoring points; 1 s or more.
+    #[serde(with = "units::duration")]
+    pub sample_interval: Duration,
+}
+
+impl Default for Baseline {
+    fn default() -> Self {
+        Self {
+            per_host: 10,
+            keep_alive: Duration::from_secs(15),
+            cache_ttl: Duration::from_secs(4 * 3600),
+            sample_interval: Duration::from_secs(5),
+        }
+    }
+}
+
+fn twenty_seconds() -> Duration {
+    Duration::from_secs(20)
+}
+
+impl Config {
+    /// Reads a YAML or JSON file and checks every rule. A file with any fault is refused whole.
+    pub fn parse(file: &[u8]) -> Result<Self, Error> {
+        if file.len() > MAX_FILE {
+            return Err(Error::one(
+                "",
+                format!("the file has {} bytes; at most {MAX_FILE} are read", file.len()),
+            ));
+        }
+        if file.iter().all(u8::is_ascii_whitespace) {
+            return Err(Error::one("", "the file is empty; write at least experts: [{name: …, url: …}]"));
+        }
+        let options = serde_saphyr::options! { with_snippet: false };
+        // The YAML reader knows the line, the path tracker the field: the reader of the message wants both.
+        let mut path = String::new();
+        let config: Self = serde_saphyr::with_deserializer_from_slice_with_options(file, options, |reader| {
+            serde_path_to_error::deserialize(reader).map_err(|error| {
+                path = error.path().to_string();
+                error.into_inner()
+            })
+        })
+        .map_err(|error| {
+            // The reader's advice is for programmers who call it, not for who wrote the file.
+            let message = error.to_string().replace(", set DuplicateKeyPolicy in Options if acceptable", "");
+            Error::one(path.trim_matches(['.', '?']), message)
+        })?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Checks every rule that types alone do not keep; all faults are reported at once.
+    pub fn validate(&self) -> Result<(), Error> {
+        let mut check = Check::default();
+
+        let server = &self.server;
+        check.range("server.maxInFlight", server.max_in_flight, 1, 100_000);
+        check.size("server.bodyLimit", server.body_limit, 1 << 10, 64 << 20);
+        check.at_most("server.drain.delay", server.drain.delay, LONGEST);
+        check.positive("server.drain.timeout", server.drain.timeout);
+        if server.listen == server.admin && server.listen.port() != 0 {
+            check.fail(
+                "server.admin",
+                format!("{} is also server.listen; give the admin port its own", server.admin),
+            );
+        }
+
+        check.experts(&self.experts);
+        check.positive("dispatch.deadline", self.dispatch.deadline);
+        if let Some(quorum) = self.dispatch.quorum {
+            let experts = u32::try_from(self.experts.len()).unwrap_or(u32::MAX);
+            if quorum == 0 || quorum > experts {
+                check.fail(
+                    "dispatch.quorum",
+                    format!(
+                        "{quorum} is outside 1 to {experts} (the number of experts); leave it out to need all"
+                    ),
+                );
+            }
+        }
+
+        let pool = &self.optimizations.memory.object_pool;
+        check.range("optimizations.memory.objectPool.maxObjects", pool.max_objects, 1, 100_000);
+        check.size("optimizations.memory.objectPool.retainMax", pool.retain_max, 1 << 10, 1 << 20);
+        let cache = &self.optimizations.memory.cache_ttl;
+        check.positive("optimizations.memory.cacheTtl.ttl", cache.ttl);
+        check.range("optimizations.memory.cacheTtl.maxEntries", cache.max_entries, 1, 10_000_000);
+        check.size("optimizations.memory.cacheTtl.memoryLimit", cache.memory_limit, 64 << 10, 64 << 30);
+
+        let unified = &self.optimizations.connections.unified;
+        check.range("optimizations.connections.unified.perHost", unified.per_host, 1, 10_000);
+        check.range("optimizations.connections.unified.total", unified.total, 1, 100_000);
+        if unified.total < unified.per_host {
+            check.fail(
+                "optimizations.connections.unified.total",
+                format!(
+                    "{} is less than perHost ({}); raise total or lower perHost",
+                    unified.total, unified.per_host
+                ),
+            );
+        }
+        check.positive("optimizations.connections.unified.keepAlive", unified.keep_alive);
+        check.positive("optimizations.connections.unified.acquireTimeout", unified.acquire_timeout);
+
+        check.sampling(&self.optimizations.monitoring.adaptive_sampling);
+
+        check.range("baseline.perHost", self.baseline.per_host, 1, 10_000);
+        check.positive("baseline.keepAlive", self.baseline.keep_alive);
+        check.positive("baseline.cacheTtl", self.baseline.cache_ttl);
+        check.at_least("baseline.sampleInterval", self.baseline.sample_interval, Duration::from_secs(1));
+        check.at_most("baseline.sampleInterval", self.baseline.sample_interval, LONGEST);
+
+        if check.problems.is_empty() { Ok(()) } else { Err(Error { problems: check.problems }) }
+    }
+}
+
+impl Error {
+    /// An error with one problem, for rules that only a running process can check.
+    pub fn one(path: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { problems: vec![Problem { path: path.into(), message: message.into() }] }
+    }
+}
+
+/// Collects what is wrong.
+#[derive(Default)]
+struct Check {
+    problems: Vec<Problem>,
+}
+
+impl Check {
+    fn fail(&mut self, path: impl Into<String>, message: impl Into<String>) {
+        self.problems.push(Problem { path: path.into(), message: message.into() });
+    }
+
+    fn range(&mut self, path: &str, value: u32, min: u32, max: u32) {
+        if !(min..=max).contains(&value) {
+            self.fail(path, format!("{value} is outside {min} to {max}"));
+        }
+    }
+
+    fn size(&mut self, path: &str, value: u64, min: u64, max: u64) {
+        if !(min..=max).contains(&value) {
+            let [value, min, max] = [value, min, max].map(units::bytes::format);
+            self.fail(path, format!("{value} is outside {min} to {max}"));
+        }
+    }
+
+    fn at_least(&mut self, path: &str, value: Duration, min: Duration) {
+        if value < min {
+            let [value, min] = [value, min].map(units::duration::format);
+            self.fail(path, format!("{value} is too short; write {min} or more"));
+        }
+    }
+
+    fn at_most(&mut self, path: &str, value: Duration, max: Duration) {
+        if value > max {
+            let [value, max] = [value, max].map(units::duration::format);
+            self.fail(path, format!("{value} is too long; write {max} or less"));
+        }
+    }
+
+    fn positive(&mut self, path: &str, value: Duration) {
+        if value.is_zero() {
+            self.fail(path, "0s is not allowed here; write a duration above zero, such as 30s");
+        }
+        self.at_most(path, value, LONGEST);
+    }
+
+    fn experts(&mut self, experts: &[Expert]) {
+        if experts.is_empty() {
+            self.fail("experts", "the list is empty; name at least one expert");
+        }
+        if experts.len() > MAX_EXPERTS {
+            self.fail(
+                "experts",
+                format!("{} experts are too many; at most {MAX_EXPERTS} can be named", experts.len()),
+            );
+        }
+        let mut seen = HashSet::new();
+        for (i, expert) in experts.iter().enumerate().take(MAX_EXPERTS) {
+            let name = &expert.name;
+            if !is_label(name) {
+                self.fail(
+                    format!("experts[{i}].name"),
+                    format!(
+                        "{name:?} is not a name; use 1 to 63 lower-case letters, digits and inner hyphens"
+                    ),
+                );
+            }
+            if !seen.insert(name) {
+                self.fail(
+                    format!("experts[{i}].name"),
+                    format!("{name:?} is used twice; give each expert its own name"),
+                );
+            }
+            if let Err(reason) = check_url(&expert.url) {
+                self.fail(format!("experts[{i}].url"), reason);
+            }
+            self.positive(&format!("experts[{i}].timeout"), expert.timeout);
+        }
+    }
+
+    fn sampling(&mut self, sampling: &AdaptiveSampling) {
+        let path = |field: &str| format!("optimizations.monitoring.adaptiveSampling.{field}");
+        self.at_least(&path("min"), sampling.min, Duration::from_millis(100));
+        self.at_least(&path("base"), sampling.base, sampling.min);
+        self.at_least(&path("probeMax"), sampling.probe_max, sampling.base);
+        self.at_least(&path("heartbeat"), sampling.heartbeat, sampling.probe_max);
+        self.at_most(&path("heartbeat"), sampling.heartbeat, Duration::from_secs(290));
+    }
+}
+
+/// As Kubernetes' RFC 1123 labels.
+fn is_label(name: &str) -> bool {
+    (1..=63).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && !name.starts_with('-')
+        && !name.ends_with('-')
+}
+
+/// Stricter than the RFC, so that whatever passes here is also a URI for the HTTP client.
+fn check_url(url: &str) -> Result<(), String> {
+    // First of all, since every other message shows the URL.
+    if url
+        .split_once("://")
+        .is_some_and(|(_, rest)| rest.split(['/', '?', '#']).next().unwrap_or("").contains('@'))
+    {
+        return Err(
+            "the URL holds a user name or password, which would be shown in logs; leave it out".to_owned()
+        );
+    }
+    let example = "write http://host[:port][/path]";
+    if url.starts_with("https://") {
+        return Err(format!("{url:?}: https is not supported yet; {example}, or put a TLS proxy in between"));
+    }
+    let Some(rest) = url.strip_prefix("http://") else {
+        return Err(format!("{url:?} is not an HTTP URL; {example}"));
+    };
+    if url.len() > 2048 {
+        return Err(format!("the URL has {} bytes; at most 2048 are taken", url.len()));
+    }
+    let (authority, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+    if path.contains('#') {
+        return Err(format!("{url:?}: a fragment (#…) is never sent; leave it out"));
+    }
+    let in_path = |b: u8| b.is_ascii_alphanumeric() || b"/?-._~!$&'()*+,;=:@%".contains(&b);
+    if let Some(bad) = path.chars().find(|c| !c.is_ascii() || !in_path(*c as u8)) {
+        return Err(format!("{url:?}: {bad:?} cannot stand in a path; percent-encode it"));
+    }
+    if authority.contains('@') {
+        return Err(
+            "the URL holds a user name or password, which would be shown in logs; leave it out".to_owned()
+        );
+    }
+    let (host, port) = match authority.strip_prefix('[').and_then(|v6| v6.split_once(']')) {
+        Some((host, tail)) => {
+            host.parse::<std::net::Ipv6Addr>()
+                .map_err(|_| format!("{url:?}: {host:?} is not an IPv6 address"))?;
+            match tail.strip_prefix(':') {
+                Some(port) => (host, Some(port)),
+                None if tail.is_empty() => (host, None),
+                None => return Err(format!("{url:?}: {tail:?} after the address; {example}")),
+            }
+        }
+        None => {
+            let (host, port) =
+                authority.split_once(':').map_or((authority, None), |(host, port)| (host, Some(port)));
+            let of_name = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
+            if host.len() > 253 || !host.bytes().all(of_name) {
+                return Err(format!("{url:?}: {host:?} is not a host name; {example}"));
+            }
+            (host, port)
+        }
+    };
+    if host.is_empty() {
+        return Err(format!("{url:?} names no host; {example}"));
+    }
+    if port.is_some_and(|port| !matches!(port.parse::<u16>(), Ok(1..))) {
+        return Err(format!("{url:?}: the port must be a number from 1 to 65535"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: &str = "experts: [{name: alpha, url: \"http://alpha:8000/query\"}]";
+
+    #[test]
+    fn a_file_with_one_expert_has_the_defaults() {
+        let config = Config::parse(ONE.as_bytes()).expect("valid");
+        assert_eq!(config.server, Server::default());
+        assert_eq!(config.experts[0].timeout, Duration::from_secs(20));
+        assert_eq!(config.optimizations, Optimizations::default());
+        assert!(!config.optimizations.connections.unified.enabled);
+        assert_eq!(config.dispatch.quorum, None);
+    }
+
+    #[test]
+    fn the_whole_schema_is_read_and_written() {
+        let file = r#"
+            server: {listen: "0.0.0.0:8080", admin: "0.0.0.0:9090", maxInFlight: 1024, bodyLimit: 1MiB, drain: {delay: 5s, timeout: 25s}}
+            experts: [{name: alpha, kind: http, url: "http://alpha:8000/query", timeout: 20s}]
+            dispatch: {deadline: 30s, quorum: 1}
+            optimizations:
+              memory: {objectPool: {enabled: true, maxObjects: 128, retainMax: 16KiB}, cacheTtl: {enabled: true, ttl: 30m, maxEntries: 500, memoryLimit: 64MiB}}
+              connections: {unified: {enabled: true, perHost: 30, total: 100, keepAlive: 30s, acquireTimeout: 1s}}
+              monitoring: {adaptiveSampling: {enabled: true, base: 5s, min: 1s, probeMax: 15s, heartbeat: 240s}}
+            baseline: {perHost: 10, keepAlive: 15s, cacheTtl: 4h, sampleInterval: 5s}"#;
+        let config = Config::parse(file.as_bytes()).expect("valid");
+        assert!(config.optimizations.memory.cache_ttl.enabled);
+        let again = serde_saphyr::to_string(&config).expect("writable");
+        assert_eq!(Config::parse(again.as_bytes()).expect("valid again"), config);
+    }
+
+    #[test]
+    fn json_is_read_too() {
+        let file =
+            br#"{"experts": [{"name": "alpha", "url": "http://alpha/"}], "server": {"bodyLimit": 4096}}"#;
+        assert_eq!(Config::parse(file).expect("valid").server.body_limit, 4096);
+    }
+
+    /// What is refused, and the words the message must have.
+    #[test]
+    fn refused() {
+        let optimizations = |text: &str| format!("{ONE}\noptimizations: {text}");
+        let expert = |text: &str| format!("experts: [{{{text}}}]");
+        for (file, words) in [
+            ("".to_owned(), vec!["empty", "experts"]),
+            ("experts: []".to_owned(), vec!["experts", "at least one"]),
+            ("experts: {".to_owned(), vec!["experts", "line 1"]),
+            ("just text".to_owned(), vec!["line"]),
+            (format!("{ONE}\n{ONE}"), vec!["duplicate mapping key: experts at line 2"]),
+            (format!("{ONE}\nsurprise: 1"), vec!["surprise"]),
+            (format!("{ONE}\nserver: {{maxInflight: 1}}"), vec!["server", "maxInflight", "maxInFlight"]),
+            (format!("{ONE}\nserver: {{maxInFlight: 0}}"), vec!["server.maxInFlight", "1 to 100000"]),
+            (format!("{ONE}\nserver: {{maxInFlight: -1}}"), vec!["server.maxInFlight"]),
+            (format!("{ONE}\nserver: {{bodyLimit: 10}}"), vec!["server.bodyLimit", "1KiB to 64MiB"]),
+            (format!("{ONE}\nserver: {{bodyLimit: 1MB}}"), vec!["server.bodyLimit", "64MiB"]),
+            (format!("{ONE}\nserver: {{listen: here}}"), vec!["server.listen"]),
+            (format!("{ONE}\nserver: {{admin: \"0.0.0.0:8080\"}}"), vec!["server.admin", "its own"]),
+            (
+                format!("{ONE}\nserver: {{drain: {{timeout: 0s}}}}"),
+                vec!["server.drain.timeout", "above zero"],
+            ),
+            (format!("{ONE}\nserver: {{drain: {{delay: -5s}}}}"), vec!["server.drain.delay", "negative"]),
+            (format!("{ONE}\nserver: {{drain: {{delay: 5}}}}"), vec!["server.drain.delay", "unit"]),
+            (format!("{ONE}\nserver: {{drain: {{delay: 999999h}}}}"), vec!["server.drain.delay", "168h"]),
+            (expert("name: alpha"), vec!["experts[0]", "url"]),
+            (expert("url: \"http://a\""), vec!["experts[0]", "name"]),
+            (expert("name: Alpha, url: \"http://a\""), vec!["experts[0].name", "lower-case"]),
+            (expert("name: alpha, kind: mcp, url: \"http://a\""), vec!["experts[0].kind", "mcp", "http"]),
+            (expert("name: alpha, url: \"https://a\""), vec!["experts[0].url", "https is not supported"]),
+            (expert("name: alpha, url: \"ftp://a\""), vec!["experts[0].url", "not an HTTP URL"]),
+            (expert("name: alpha, url: \"http://\""), vec!["experts[0].url", "no host"]),
+            (expert("name: alpha, url: \"http://a:0\""), vec!["experts[0].url", "port"]),
+            (expert("name: alpha, url: \"http://a:99999/\""), vec!["experts[0].url", "port"]),
+            (expert("name: alpha, url: \"http://me:secret@a/\""), vec!["experts[0].url", "password"]),
+            (expert("name: alpha, url: \"http://a/ b\""), vec!["experts[0].url", "percent-encode"]),
+            (expert("name: alpha, url: \"http://a/#b\""), vec!["experts[0].url", "fragment"]),
+            (expert("name: alpha, url: \"http://[::1/\""), vec!["experts[0].url", "host"]),
+            (expert("name: alpha, url: \"http://a\", timeout: 0s"), vec!["experts[0].timeout"]),
+            (
+                expert("name: a, url: \"http://a\"}, {name: a, url: \"http://b\""),
+                vec!["experts[1].name", "used twice"],
+            ),
+            (format!("{ONE}\ndispatch: {{quorum: 2}}"), vec!["dispatch.quorum", "1 to 1"]),
+            (format!("{ONE}\ndispatch: {{quorum: 0}}"), vec!["dispatch.quorum"]),
+            (format!("{ONE}\ndispatch: {{deadline: soon}}"), vec!["dispatch.deadline", "such as"]),
+            (
+                optimizations("{memory: {objectPool: {enabled: maybe}}}"),
+                vec!["optimizations.memory.objectPool.enabled"],
+            ),
+            (optimizations("{memory: {objectPool: {maxObjects: 0}}}"), vec!["objectPool.maxObjects"]),
+            (
+                optimizations("{memory: {objectPool: {retainMax: 1GiB}}}"),
+                vec!["objectPool.retainMax", "1MiB"],
+            ),
+            (optimizations("{memory: {cacheTtl: {ttl: 0s}}}"), vec!["cacheTtl.ttl"]),
+            (optimizations("{memory: {cacheTtl: {maxEntries: 0}}}"), vec!["cacheTtl.maxEntries"]),
+            (optimizations("{memory: {cacheTtl: {memoryLimit: 1}}}"), vec!["cacheTtl.memoryLimit"]),
+            (optimizations("{memory: {objectpool: {}}}"), vec!["optimizations.memory", "objectpool"]),
+            (optimizations("{turbo: {}}"), vec!["optimizations", "turbo", "connections"]),
+            (optimizations("{connections: {unified: {perHost: 0}}}"), vec!["unified.perHost"]),
+            (optimizations("{connections: {unified: {perHost: 200}}}"), vec!["unified.total", "200"]),
+            (optimizations("{connections: {unified: {acquireTimeout: 0s}}}"), vec!["unified.acquireTimeout"]),
+            (
+                optimizations("{monitoring: {adaptiveSampling: {min: 1ms}}}"),
+                vec!["adaptiveSampling.min", "100ms"],
+            ),
+            (
+                optimizations("{monitoring: {adaptiveSampling: {base: 30s}}}"),
+                vec!["adaptiveSampling.probeMax", "30s"],
+            ),
+            (
+                optimizations("{monitoring: {adaptiveSampling: {heartbeat: 5m}}}"),
+                vec!["adaptiveSampling.heartbeat"],
+            ),
+            (format!("{ONE}\nbaseline: {{sampleInterval: 10ms}}"), vec!["baseline.sampleInterval", "1s"]),
+            (format!("{ONE}\nbaseline: {{perHost: 0}}"), vec!["baseline.perHost"]),
+            (format!("{ONE}\n{}", "#".repeat(MAX_FILE)), vec!["at most"]),
+        ] {
+            let error = Config::parse(file.as_bytes()).expect_err(&file).to_string();
+            for word in words {
+                assert!(error.contains(word), "{word:?} is not in {error:?}, for {file:.80}");
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_refused() {
+        assert!(Config::parse(b"experts: \xff").is_err());
+    }
+
+    #[test]
+    fn deep_nesting_is_refused_and_not_followed() {
+        assert!(Config::parse("[".repeat(100_000).as_bytes()).is_err());
+    }
+
+    #[test]
+    fn all_faults_are_told_at_once() {
+        let file = format!("{ONE}\nbaseline: {{perHost: 0}}\ndispatch: {{deadline: 0s}}");
+        assert_eq!(Config::parse(file.as_bytes()).expect_err("two faults").problems.len(), 2);
+    }
+
+    #[test]
+    fn hash_is_the_first_quarter_of_sha256() {
+        assert_eq!(hash(b""), "e3b0c44298fc1c14");
+        assert_eq!(hash(b"abc"), "ba7816bf8f01cfea");
+    }
+}
