@@ -1,0 +1,336 @@
+//! The status of a rollout: the operator's only memory. Serde and schema only.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::KubeSchema;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::Duration;
+
+/// What the operator knows, has decided and waits for.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct RolloutStatus {
+    /// Generation of the specification that this status answers to.
+    #[serde(default)]
+    pub observed_generation: i64,
+
+    /// Where the rollout stands.
+    #[serde(default)]
+    pub phase: Phase,
+
+    /// The stage that runs. Absent before the first and after the last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stage: Option<StageStatus>,
+
+    /// Share of production traffic on the canary.
+    #[serde(default)]
+    pub weight: Weight,
+
+    /// One entry per optimization.
+    #[serde(default)]
+    #[x_kube(merge_strategy = kube::core::ListMerge::Map(vec!["name".to_owned()]))]
+    pub optimizations: Vec<OptimizationStatus>,
+
+    /// One entry per KPI that is judged in this stage.
+    #[serde(default)]
+    #[x_kube(merge_strategy = kube::core::ListMerge::Map(vec!["name".to_owned()]))]
+    pub kpis: Vec<KpiStatus>,
+
+    /// The last 20 decisions, oldest first.
+    #[serde(default)]
+    pub decisions: Vec<Decision>,
+
+    /// When the operator will look again at the latest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_decision_at: Option<Time>,
+
+    /// `Ready`, `Reconciling` and `Stalled` as kstatus defines them, and `Healthy`, `TelemetryAvailable`, `Conflict`.
+    #[serde(default)]
+    #[x_kube(merge_strategy = kube::core::ListMerge::Map(vec!["type".to_owned()]))]
+    pub conditions: Vec<Condition>,
+
+    /// What the columns of `kubectl get` show.
+    #[serde(default)]
+    pub summary: Summary,
+}
+
+/// Where a rollout stands.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Phase {
+    /// Nothing has been started yet.
+    #[default]
+    Pending,
+    /// A stage runs.
+    Progressing,
+    /// A KPI alarms and the guilty optimization is being found. Promotion is frozen.
+    Blaming,
+    /// The user has paused promotion.
+    Paused,
+    /// At least one optimization runs on all pods of the stable Deployment.
+    Completed,
+    /// No optimization of this pass survived; the stable Deployment serves as before.
+    RolledBack,
+    /// The rollout cannot go on without the user; the `Stalled` condition says what to change.
+    Stalled,
+}
+
+/// The stage that runs.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct StageStatus {
+    /// Name from the specification.
+    pub name: String,
+    /// Position in the list of stages, from 0.
+    pub index: i32,
+    /// What the stage does now.
+    pub step: Step,
+    /// How often the evidence of this stage has been started afresh, from 1.
+    pub attempt: i32,
+    /// When the stage was entered.
+    pub entered_at: Time,
+    /// When this attempt began to deploy.
+    pub attempt_at: Time,
+    /// Hash of what is compared (configuration and pod template of both arms). When it changes, the evidence starts afresh.
+    #[serde(default)]
+    pub subject: String,
+    /// Since when every pod of both arms has been Ready with its configuration in force.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exposed_at: Option<Time>,
+    /// Bake time counted so far: grid ticks with fresh samples of both arms.
+    #[serde(default)]
+    pub observed: Duration,
+    /// The shared alarm whose guilty is being sought.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blame: Option<Blame>,
+    /// Whether the user has let the rest of the bake be skipped, or granted the approval.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub promoted: Option<Promotion>,
+}
+
+/// A user's word on a stage.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Promotion {
+    /// The next stage may follow once this one has passed.
+    Approved,
+    /// The rest of the bake is skipped, unless a KPI fails.
+    Forced,
+}
+
+/// What a stage does now.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Pods are brought to the stage's replicas and configuration.
+    Deploying,
+    /// Pods serve, nothing is judged yet.
+    WarmingUp,
+    /// Evidence is gathered.
+    Observing,
+    /// The stage has passed; the user's approval is missing.
+    AwaitingApproval,
+    /// The stable Deployment takes the surviving optimizations.
+    Promoting,
+}
+
+/// A shared alarm whose guilty is being sought.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Blame {
+    /// The KPI that alarmed.
+    pub kpi: String,
+    /// When it alarmed.
+    pub since: Time,
+}
+
+/// Share of production traffic on the canary, in percent.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Weight {
+    /// What the stage asks for.
+    #[serde(default)]
+    pub desired: i32,
+    /// What the Ready pods give, rounded, such as `10%`.
+    #[serde(default)]
+    pub effective: String,
+}
+
+/// One optimization.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct OptimizationStatus {
+    /// Name from the specification.
+    pub name: String,
+    /// Where it stands.
+    pub state: OptimizationState,
+    /// The last stage it has reached.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub stage: String,
+    /// Since when it has been in this state.
+    pub since: Time,
+    /// Why.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+    /// Hash of its configuration: a rolled-back optimization is tried again only when this changes.
+    #[serde(default)]
+    pub config_hash: String,
+}
+
+/// Where an optimization stands.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OptimizationState {
+    /// Waits for a pass through the stages.
+    Pending,
+    /// On in the canary.
+    Active,
+    /// On in the stable Deployment.
+    Promoted,
+    /// Off everywhere.
+    RolledBack,
+}
+
+/// What is known of one KPI in this stage.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct KpiStatus {
+    /// Name from the specification.
+    pub name: String,
+    /// The optimization that alone can move it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
+    /// The verdict at the last grid tick.
+    pub verdict: Verdict,
+    /// What the verdict rests on, in words and numbers.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// The canary's value: an error rate, or the value under a threshold.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub canary: Option<f64>,
+    /// The baseline's value.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<f64>,
+    /// Natural logarithm of the evidence against "no worse than tolerated"; the alarm is at `alarmAt`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_evidence: Option<f64>,
+    /// Value of `logEvidence` at which the KPI alarms: ln(1/alpha).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alarm_at: Option<f64>,
+    /// Checkpoint from which the same evidence is folded again after a restart.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<Evidence>,
+}
+
+/// The five answers of a judge.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Verdict {
+    /// No alarm and the minimum evidence is there.
+    Pass,
+    /// The canary is worse than tolerated.
+    Fail,
+    /// Not enough evidence yet.
+    Inconclusive,
+    /// Prometheus answers, but holds nothing for these pods.
+    NoData,
+    /// Prometheus does not answer, or not in a form that can be read.
+    TelemetryDown,
+}
+
+/// Evidence of one KPI in one attempt at a stage: a fold over the samples on the tick grid.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Evidence {
+    /// Unix time in seconds of the last grid tick that was folded.
+    pub last_tick: i64,
+    /// Grid ticks with fresh samples of both arms.
+    #[serde(default)]
+    pub fresh_ticks: i64,
+    /// Log weights of the mixture's alternatives.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub log_weights: Vec<f64>,
+    /// Highest log evidence so far: an alarm, once reached, stands.
+    #[serde(default)]
+    pub peak: f64,
+    /// Events and requests of the canary.
+    #[serde(default)]
+    pub canary: Counts,
+    /// Events and requests of the baseline.
+    #[serde(default)]
+    pub baseline: Counts,
+    /// Samples in a row beyond a threshold.
+    #[serde(default)]
+    pub breaches: i32,
+    /// Last value under a threshold.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub value: Option<f64>,
+}
+
+/// Events among requests.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Counts {
+    /// Events (errors).
+    pub events: f64,
+    /// Requests.
+    pub total: f64,
+}
+
+/// One decision.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Decision {
+    /// Counts up from 1 in each rollout; events are named by it.
+    pub id: i64,
+    /// When it was taken.
+    pub time: Time,
+    /// What was decided; the reason of the event.
+    pub what: What,
+    /// Why, with the numbers.
+    pub why: String,
+}
+
+/// Kinds of decision; each is the reason of its event.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// A stage was entered.
+    StageStarted,
+    /// The evidence of a stage starts afresh because what is compared has changed.
+    StageRestarted,
+    /// A stage passed.
+    StagePassed,
+    /// A stage has passed and waits for the user.
+    ApprovalRequired,
+    /// A KPI alarms; nothing was rolled back yet.
+    AlarmRaised,
+    /// One or more optimizations were switched off.
+    OptimizationRolledBack,
+    /// The user ended the pass.
+    Aborted,
+    /// The user granted an approval or skipped the rest of a bake.
+    PromotedByUser,
+    /// A user's verb could not be followed.
+    VerbRefused,
+    /// The stable Deployment takes the surviving optimizations.
+    Promoting,
+    /// The pass ended with at least one optimization on.
+    Completed,
+    /// The pass ended with none on.
+    RolledBack,
+    /// The rollout cannot go on without the user.
+    Stalled,
+    /// What stalled the rollout is gone.
+    Resumed,
+}
+
+/// What the columns of `kubectl get` show.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Summary {
+    /// Optimizations that are on, of all, such as `2/3`.
+    #[serde(default)]
+    pub active: String,
+    /// The KPI nearest to an alarm and its verdict.
+    #[serde(default)]
+    pub worst_kpi: String,
+    /// Names of the optimizations that were rolled back.
+    #[serde(default)]
+    pub rolled_back: String,
+}

@@ -1,0 +1,5 @@
+//! The functional core: every decision is a pure function of a snapshot and a time.
+//!
+//! Nothing here is async, holds a client, reads a clock or does I/O; `tests/layering.rs` holds that.
+
+pub mod judge;
