@@ -1,4 +1,4 @@
-//! Builds the Kubernetes programs from the pinned Go modules. Writes only to `target/cluster/bin`.
+//! Builds Kubernetes, etcd, CoreDNS and Prometheus from the pinned Go modules. Writes only to `target/cluster/bin`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -34,6 +34,7 @@ pub(crate) fn build() -> Result<()> {
     let stripped = |program: &str, package: &str| {
         ["-ldflags", "-s -w", "-o", &out(program), package].map(str::to_owned).to_vec()
     };
+    let prometheus = stripped("prometheus", "github.com/prometheus/prometheus/cmd/prometheus");
     let builds = [
         Build { name: "Kubernetes", module: module.clone(), programs: &KUBERNETES, args: kubernetes },
         // The package's own name is `server`, hence a build of its own with a name for the output.
@@ -48,6 +49,14 @@ pub(crate) fn build() -> Result<()> {
             module: module.join("dns"),
             programs: &["coredns"],
             args: stripped("coredns", "github.com/coredns/coredns"),
+        },
+        // Debian's has no Kubernetes discovery. Only that one of the many discoveries is built in.
+        Build {
+            name: "Prometheus",
+            module: module.join("prometheus"),
+            programs: &["prometheus"],
+            args: [&["-tags", "remove_all_sd,enable_kubernetes_sd"].map(str::to_owned)[..], &prometheus]
+                .concat(),
         },
     ];
     for build in builds {

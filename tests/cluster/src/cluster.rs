@@ -49,6 +49,10 @@ impl Cluster {
             if own.exists() { own } else { host::find("kubectl").unwrap_or_else(|| "kubectl".into()) };
         let mut command = Command::new(program);
         command.args(args).env("KUBECONFIG", &self.kubeconfig).env("PATH", search_path());
+        // What it learns of a cluster of ours is of no use after it, and would pile up in the user's home.
+        if let Some(ours) = Profile::ALL.into_iter().find(|profile| profile.kubeconfig() == self.kubeconfig) {
+            command.env("KUBECACHEDIR", ours.data().join("kubectl"));
+        }
         command
     }
 

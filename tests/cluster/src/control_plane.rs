@@ -41,7 +41,9 @@ pub(crate) fn start_alone(build: &mut Build) -> Result<Cluster> {
         &format!("https://127.0.0.1:{api_port}"),
         &Profile::ControlPlane.kubeconfig(),
     )?;
-    start(build, &addresses)
+    let cluster = start(build, &addresses)?;
+    controllers_ready(build, &cluster)?;
+    Ok(cluster)
 }
 
 /// Ports that are free now. All are held until the last is found, so that they differ.
@@ -54,7 +56,7 @@ fn free_ports<const N: usize>() -> Result<[u16; N]> {
     Ok(ports)
 }
 
-/// Starts the control plane and waits until it answers through the host's kubeconfig, which must exist already.
+/// Starts the control plane and waits until the API server answers through the host's kubeconfig, which must exist already.
 pub(crate) fn start(build: &mut Build, at: &Addresses) -> Result<Cluster> {
     let data = build.profile.data();
     let cluster = Cluster::managed(build.profile);
@@ -127,9 +129,12 @@ pub(crate) fn start(build: &mut Build, at: &Addresses) -> Result<Cluster> {
         netns: at.netns.clone(),
         ..Daemon::new("controller-manager", &bin("kube-controller-manager"), controllers)
     })?;
-    // Its last act at the start; without it no pod can be made.
-    build.ready("controllers", || answer(cluster.kubectl(&["get", "serviceaccount", "default"])))?;
     Ok(cluster)
+}
+
+/// Waits for the controllers' last act at the start; without it no pod can be made.
+pub(crate) fn controllers_ready(build: &Build, cluster: &Cluster) -> Result<()> {
+    build.ready("controllers", || answer(cluster.kubectl(&["get", "serviceaccount", "default"])))
 }
 
 /// A kubectl call as a probe.

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::Signal;
 
-use crate::paths::Profile;
+use crate::paths::{Profile, RUN};
 use crate::process::{run, search_path, signal_if};
 use crate::progress::{step, wait};
 
@@ -41,9 +41,6 @@ const SHARED: [&str; 8] = [
     "/etc/cni",
     "/opt/containerd",
 ];
-
-/// Name of the pods' network, in CNI's files.
-pub(crate) const NETWORK: &str = "synthex-cluster";
 
 /// Stops unless this is root: namespaces, mounts and control groups need it.
 pub(crate) fn require_root() -> Result<()> {
@@ -79,7 +76,6 @@ pub(crate) fn install_packages(profile: Profile) -> Result<()> {
             ("conntrack", has("conntrack")),
             ("iproute2", has("ip")),
             ("util-linux", has("nsenter")),
-            ("prometheus", has("prometheus")),
         ]);
     }
     let missing: Vec<_> =
@@ -106,9 +102,9 @@ pub(crate) fn install_packages(profile: Profile) -> Result<()> {
         install.extend(&missing);
         apt(&install)?;
         drop(policy);
-        // They would start at the next boot. Where there is no systemd there is nothing to switch off.
-        for service in ["containerd", "prometheus"].iter().filter(|service| missing.contains(service)) {
-            let _ = Command::new("systemctl").args(["disable", "--quiet", service]).output();
+        // It would start at the next boot. Where there is no systemd there is nothing to switch off.
+        if missing.contains(&"containerd") {
+            let _ = Command::new("systemctl").args(["disable", "--quiet", "containerd"]).output();
         }
         Ok(())
     })
@@ -165,9 +161,9 @@ pub(crate) fn absent() -> Vec<PathBuf> {
 
 /// Removes our traces from the shared places, and those places which were not there before and are empty now.
 pub(crate) fn clean_shared(made: &[PathBuf], data: &Path) {
-    // Names of our network, and links into our logs: no other cluster's.
+    // Results that name a namespace of ours, and links into our logs: no other cluster's.
     for entry in entries(Path::new("/var/lib/cni/results")) {
-        if entry.file_name().to_string_lossy().starts_with(&format!("{NETWORK}-")) {
+        if fs::read_to_string(entry.path()).is_ok_and(|text| text.contains(RUN)) {
             let _ = fs::remove_file(entry.path());
         }
     }

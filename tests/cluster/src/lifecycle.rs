@@ -127,7 +127,8 @@ pub fn down(profile: Profile) -> Result<()> {
 }
 
 fn remove(profile: Profile, state: &State) -> Result<()> {
-    process::stop(&state.processes, Duration::from_secs(5))?;
+    // All that they know is thrown away, so a short time for good manners is enough.
+    process::stop(&state.processes, Duration::from_secs(1))?;
     if profile == Profile::Node {
         node::end_pods()?;
     }

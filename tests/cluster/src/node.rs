@@ -70,10 +70,12 @@ pub(crate) fn start(build: &mut Build) -> Result<Cluster> {
 
     build.ready("containerd", || answer(images::ctr(&["version"])))?;
     step("import images", || {
-        let dynamic = |name| Ok::<_, anyhow::Error>((program(name)?, format!("/usr/local/bin/{name}")));
         images::import(&Image::new("pause", vec![(bin("pause"), "/pause".into())]))?;
-        images::import(&Image::new("coredns", vec![(bin("coredns"), "/coredns".into())]))?;
-        images::import(&Image::new("prometheus", vec![dynamic("prometheus")?]))
+        images::import(&Image::new("coredns", vec![(bin("coredns"), "/usr/local/bin/coredns".into())]))?;
+        images::import(&Image::new(
+            "prometheus",
+            vec![(bin("prometheus"), "/usr/local/bin/prometheus".into())],
+        ))
     })?;
 
     let kubeconfig = |name: &str| -> Result<String> {
@@ -109,6 +111,7 @@ pub(crate) fn start(build: &mut Build) -> Result<Cluster> {
     build.ready("node", || {
         answer(cluster.kubectl(&["wait", "--for=condition=Ready", "node", NAME, "--timeout=2s"]))
     })?;
+    control_plane::controllers_ready(build, &cluster)?;
     addons::install(build, &cluster)?;
     Ok(cluster)
 }
@@ -166,7 +169,7 @@ fn containerd_config() -> Result<String> {
     let network = data.join("cni");
     fs::create_dir_all(&network)?;
     let list = json!({
-        "cniVersion": "0.4.0", "name": host::NETWORK,
+        "cniVersion": "0.4.0", "name": "synthex-cluster",
         "plugins": [{
             "type": "bridge", "bridge": "cni0", "isDefaultGateway": true, "hairpinMode": true, "ipMasq": false,
             "ipam": {"type": "host-local", "ranges": [[{"subnet": PODS}]], "dataDir": run.join("ipam")},
