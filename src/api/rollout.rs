@@ -268,6 +268,18 @@ pub struct ErrorRatio {
     pub minimum_effect: f64,
 }
 
+impl ErrorRatio {
+    /// An error ratio with the default tolerance and minimum effect.
+    pub fn new(errors: &str, total: &str) -> Self {
+        Self {
+            errors: errors.into(),
+            total: total.into(),
+            tolerance: default_tolerance(),
+            minimum_effect: default_minimum_effect(),
+        }
+    }
+}
+
 /// An absolute bound on a single value. `$arm` becomes the matchers of the canary's pods.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[x_kube(validation = ("has(self.max) != has(self.min)", "a threshold has exactly one of max or min"))]
@@ -427,12 +439,10 @@ fn default_kpis() -> Vec<Kpi> {
     vec![Kpi {
         name: "query-errors".into(),
         required: true,
-        error_ratio: Some(ErrorRatio {
-            errors: r#"synthex_runtime_queries_total{$arm,outcome=~"error|shed"}"#.into(),
-            total: "synthex_runtime_queries_total{$arm}".into(),
-            tolerance: default_tolerance(),
-            minimum_effect: default_minimum_effect(),
-        }),
+        error_ratio: Some(ErrorRatio::new(
+            r#"synthex_runtime_queries_total{$arm,outcome=~"error|shed"}"#,
+            "synthex_runtime_queries_total{$arm}",
+        )),
         threshold: None,
     }]
 }

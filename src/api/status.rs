@@ -85,7 +85,7 @@ pub struct StageStatus {
     pub index: i32,
     /// What the stage does now.
     pub step: Step,
-    /// How often the evidence of this stage has been started afresh, from 1.
+    /// How often evidence has been started afresh in this pass, from 1. Each start spends less of the false-rollback probability.
     pub attempt: i32,
     /// When the stage was entered.
     pub entered_at: Time,
@@ -130,6 +130,8 @@ pub enum Step {
     AwaitingApproval,
     /// The stable Deployment takes the surviving optimizations.
     Promoting,
+    /// No optimization is left: the stable Deployment returns to full capacity, then the other arms go.
+    Restoring,
 }
 
 /// A shared alarm whose guilty is being sought.

@@ -3,3 +3,9 @@
 //! Nothing here is async, holds a client, reads a clock or does I/O; `tests/layering.rs` holds that.
 
 pub mod judge;
+pub mod machine;
+pub mod render;
+pub mod replicas;
+pub mod report;
+pub mod resolve;
+pub mod snapshot;

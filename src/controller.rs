@@ -1,0 +1,286 @@
+//! Watches and wiring: what wakes a reconciliation, and the order observe → judge → step → apply → report.
+//!
+//! Takes no decision of its own: those are in [`crate::decision`]. Keeps no memory but caches that a restart may lose.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures::{StreamExt, stream};
+use k8s_openapi::{
+    api::{apps::v1::Deployment, core::v1::Pod},
+    jiff::SignedDuration,
+};
+use kube::{
+    Api, Client, ResourceExt,
+    api::PartialObjectMeta,
+    runtime::{
+        Controller,
+        controller::{Action, Config},
+        reflector::ObjectRef,
+        watcher,
+    },
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    api::{DeletionPolicy, KpiStatus, OptimizationRollout, RolloutStatus},
+    decision::{
+        judge,
+        machine::{self, Inquiry, Plan},
+        render::{MANAGED_BY, ROLLOUT_LABEL},
+        report::worth_writing,
+        resolve::{self, Defaults, Rollout},
+    },
+    effects::{self, Error, apply, clock, observe, prometheus::Prometheus, report},
+    metrics::Metrics,
+};
+
+/// Rollouts that are reconciled at the same time. Without a bound, a resync of many would starve the health server.
+const CONCURRENCY: u16 = 8;
+/// How soon a reconciliation that failed is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+/// Decisions older than this are not announced after a restart: their events have been made, or have expired.
+const ANNOUNCE: SignedDuration = SignedDuration::from_secs(600);
+/// Prometheus servers whose clients are kept.
+const CLIENTS: usize = 64;
+
+/// What every reconciliation shares.
+pub struct Context {
+    client: Client,
+    http: reqwest::Client,
+    defaults: Defaults,
+    metrics: Arc<Metrics>,
+    /// Evidence since the last checkpoint, by uid. Lost at a restart, and then folded again from Prometheus.
+    evidence: Mutex<HashMap<String, (String, Vec<KpiStatus>)>>,
+    /// Highest decision announced, by uid.
+    announced: Mutex<HashMap<String, i64>>,
+    prometheus: Mutex<BTreeMap<(String, u64), Arc<Prometheus>>>,
+}
+
+impl Context {
+    /// A context for the cluster behind `client`.
+    ///
+    /// # Errors
+    /// When the HTTP client that asks pods for their configuration cannot be built.
+    pub fn new(client: Client, defaults: Defaults, metrics: Arc<Metrics>) -> Result<Self, reqwest::Error> {
+        Ok(Self {
+            client,
+            // Pods are asked by address; a proxy or a redirect would lead elsewhere.
+            http: reqwest::Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none()).build()?,
+            defaults,
+            metrics,
+            evidence: Mutex::default(),
+            announced: Mutex::default(),
+            prometheus: Mutex::default(),
+        })
+    }
+}
+
+/// Runs the controller until `stop`; reconciliations under way are finished.
+pub async fn run(context: Arc<Context>, namespace: Option<&str>, stop: CancellationToken) {
+    let client = context.client.clone();
+    let config = watcher::Config::default();
+    let ours = watcher::Config::default().labels(&format!("{}={}", MANAGED_BY.0, MANAGED_BY.1));
+    Controller::new(scoped::<OptimizationRollout>(&client, namespace), config)
+        .watches(scoped::<Deployment>(&client, namespace), ours.clone(), rollout_of)
+        .watches(scoped::<Pod>(&client, namespace), ours, rollout_of)
+        .with_config(Config::default().concurrency(CONCURRENCY))
+        .graceful_shutdown_on(stop.cancelled_owned())
+        .run(reconcile, retry, context)
+        .for_each(|result| async {
+            // A failed reconciliation has been counted and logged; here a watch that fails is heard.
+            if let Err(error) = result
+                && !matches!(error, kube::runtime::controller::Error::ReconcilerFailed(..))
+            {
+                tracing::warn!(%error, "watch");
+            }
+        })
+        .await;
+}
+
+/// Metadata only: what is decided upon is read afresh by each reconciliation.
+fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<PartialObjectMeta<K>>
+where
+    K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
+{
+    match namespace {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    }
+}
+
+fn rollout_of<K: kube::Resource<DynamicType = ()>>(
+    child: PartialObjectMeta<K>,
+) -> Option<ObjectRef<PartialObjectMeta<OptimizationRollout>>> {
+    let name = child.labels().get(ROLLOUT_LABEL)?;
+    Some(ObjectRef::new(name).within(&child.namespace()?))
+}
+
+fn retry(object: Arc<PartialObjectMeta<OptimizationRollout>>, error: &Error, context: Arc<Context>) -> Action {
+    context.metrics.failure(error.kind());
+    if error.is_conflict() {
+        return Action::requeue(Duration::from_millis(100));
+    }
+    tracing::warn!(namespace = object.namespace(), name = object.name_any(), %error, "reconciliation failed; it is tried again");
+    Action::requeue(RETRY)
+}
+
+async fn reconcile(meta: Arc<PartialObjectMeta<OptimizationRollout>>, context: Arc<Context>) -> Result<Action, Error> {
+    let timer = context.metrics.reconciliation();
+    let api = Api::<OptimizationRollout>::namespaced(context.client.clone(), &meta.namespace().unwrap_or_default());
+    // The watch may lag behind our own writes; a decision on an old status would undo the last one.
+    let Some(object) = effects::timed("get", api.get_opt(&meta.name_any())).await? else {
+        context.forget(&meta.uid().unwrap_or_default());
+        return Ok(Action::await_change());
+    };
+    if object.metadata.deletion_timestamp.is_none() && !object.finalizers().iter().any(|f| f == report::FINALIZER) {
+        report::finalizer(&context.client, &object, true).await?;
+        return Ok(Action::requeue(Duration::ZERO));
+    }
+    let resolved = resolve::resolve(&object, &context.defaults);
+    let asks = resolved.as_ref().ok().filter(|_| asks_pods(object.status.as_ref())).map(|rollout| rollout.admin_port);
+    let mut world = observe::observe(&context.client, &context.http, &object, asks).await?;
+    let now = clock::now();
+    let plan = match &resolved {
+        Err(refusal) => machine::refuse(&world.snapshot, object.metadata.generation.unwrap_or_default(), refusal, now),
+        Ok(rollout) => {
+            let judged = context.judge(rollout, &mut world.snapshot.status, now).await;
+            let plan = machine::step(rollout, &world.snapshot, judged, now);
+            let created = apply::creates(&world, &plan);
+            let foreign = observe::foreign(&context.client, &rollout.namespace, &created).await?;
+            let plan = match foreign.is_empty() {
+                true => plan,
+                false => machine::refuse(&world.snapshot, rollout.generation, &machine::conflict(&foreign), now),
+            };
+            apply::apply(&context.client, rollout, &world, &plan, now).await?;
+            plan
+        }
+    };
+    if object.metadata.deletion_timestamp.is_some() {
+        if plan.release {
+            if object.spec.deletion_policy == DeletionPolicy::Delete
+                && let Ok(rollout) = &resolved
+            {
+                apply::remove_all(&context.client, rollout, &world).await?;
+            }
+            report::finalizer(&context.client, &object, false).await?;
+            context.forget(&object.uid().unwrap_or_default());
+        }
+    } else {
+        context.report(&object, &plan, resolved.as_ref().map_or(1, |rollout| rollout.analysis.interval.as_secs())).await?;
+    }
+    drop(timer);
+    let wait = plan.wake.duration_since(clock::now());
+    Ok(Action::requeue(Duration::try_from(wait).unwrap_or(Duration::ZERO)))
+}
+
+/// Whether the configuration in force is worth asking the pods for: only while pods are being brought to one.
+fn asks_pods(status: Option<&RolloutStatus>) -> bool {
+    use crate::api::Step::{Deploying, Promoting, Restoring};
+    status.and_then(|status| status.stage.as_ref()).is_some_and(|stage| matches!(stage.step, Deploying | Promoting | Restoring))
+}
+
+impl Context {
+    /// Asks Prometheus for the ticks since the last ones judged, and judges. Puts the evidence gathered since the checkpoint
+    /// into `status` first.
+    async fn judge(&self, rollout: &Rollout, status: &mut RolloutStatus, now: k8s_openapi::jiff::Timestamp) -> Vec<KpiStatus> {
+        let key = status.stage.as_ref().map(|s| format!("{}/{}/{:?}", s.name, s.attempt, s.exposed_at)).unwrap_or_default();
+        if let Some((known, kpis)) = lock(&self.evidence).get(&rollout.uid)
+            && *known == key
+        {
+            status.kpis.clone_from(kpis);
+        }
+        let Some(inquiry) = machine::inquiry(rollout, status, now) else { return status.kpis.clone() };
+        let judged = match self.prometheus(rollout) {
+            Ok(prometheus) => {
+                let mut rounds = vec![];
+                for (kpi, evidence) in &inquiry.kpis {
+                    rounds.push(judge_one(&prometheus, &inquiry, kpi, evidence.clone()));
+                }
+                stream::iter(rounds).buffered(4).collect::<Vec<_>>().await
+            }
+            Err(why) => {
+                let health = judge::AnswerHealth::Down(why);
+                inquiry.kpis.iter().map(|(kpi, evidence)| judge::judge(kpi, &inquiry.arms, evidence, &health, inquiry.alarm_at)).collect()
+            }
+        };
+        for kpi in &judged {
+            self.metrics.judged(kpi.verdict);
+        }
+        lock(&self.evidence).insert(rollout.uid.clone(), (key, judged.clone()));
+        judged
+    }
+
+    fn prometheus(&self, rollout: &Rollout) -> Result<Arc<Prometheus>, String> {
+        let key = (rollout.prometheus_url.clone(), rollout.prometheus_timeout.as_secs());
+        let mut clients = lock(&self.prometheus);
+        if let Some(client) = clients.get(&key) {
+            return Ok(client.clone());
+        }
+        let client = Prometheus::new(&rollout.prometheus_url, rollout.prometheus_timeout.std()).map_err(|error| error.to_string())?;
+        if clients.len() >= CLIENTS {
+            clients.clear();
+        }
+        let client = Arc::new(client);
+        clients.insert(key, client.clone());
+        Ok(client)
+    }
+
+    async fn report(&self, object: &OptimizationRollout, plan: &Plan, step: u64) -> Result<(), Error> {
+        let stored = object.status.clone().unwrap_or_default();
+        let step = i64::try_from(step).unwrap_or(1);
+        if worth_writing(&stored, &plan.status, step) || object.status.is_none() {
+            report::write_status(&self.client, object, plan.status.clone()).await?;
+        }
+        let uid = object.uid().unwrap_or_default();
+        let announced = lock(&self.announced).get(&uid).copied();
+        let now = clock::now();
+        let new = plan.status.decisions.iter().filter(|decision| match announced {
+            Some(id) => decision.id > id,
+            None => now.duration_since(decision.time.0) < ANNOUNCE,
+        });
+        for decision in new {
+            tracing::info!(
+                namespace = object.namespace(),
+                name = object.name_any(),
+                id = decision.id,
+                decision = ?decision.what,
+                why = decision.why,
+                "decided"
+            );
+            report::announce(&self.client, object, decision).await?;
+            self.metrics.decided(decision.what);
+        }
+        lock(&self.announced).insert(uid, plan.status.decisions.last().map_or(0, |decision| decision.id));
+        report::answer(&self.client, object, &plan.answered).await
+    }
+
+    fn forget(&self, uid: &str) {
+        lock(&self.evidence).remove(uid);
+        lock(&self.announced).remove(uid);
+    }
+}
+
+/// Folds the ticks since the last one into the evidence of one KPI, and judges it.
+async fn judge_one(prometheus: &Prometheus, inquiry: &Inquiry, kpi: &judge::Kpi, mut evidence: crate::api::Evidence) -> KpiStatus {
+    let mut health = judge::AnswerHealth::Good;
+    let queries = judge::queries(kpi, &inquiry.arms);
+    let from = evidence.last_tick;
+    for (from, until) in judge::chunks(&inquiry.arms, from, inquiry.until, inquiry.step) {
+        let asked = queries.iter().map(|query| prometheus.range(query, from, until, inquiry.step));
+        let answers = futures::future::join_all(asked).await;
+        (evidence, health) = judge::fold(kpi, &inquiry.arms, evidence, &answers, from, until, inquiry.step);
+        if evidence.last_tick < until {
+            break;
+        }
+    }
+    judge::judge(kpi, &inquiry.arms, &evidence, &health, inquiry.alarm_at)
+}
+
+/// A lock whose data stays sound when a holder panics: every change is one insertion or removal.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

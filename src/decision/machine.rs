@@ -1,0 +1,898 @@
+//! The state machine of a rollout: from what is observed and judged to what is wanted. A total, pure function.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use k8s_openapi::{
+    apimachinery::pkg::apis::meta::v1::Time,
+    jiff::{SignedDuration, Timestamp},
+};
+
+use super::{
+    judge::{self, Arm, Arms, Kpi, Test, Tick},
+    render::{PROMOTED_ANNOTATION, ROLLED_BACK_ANNOTATION, Target, Variant, Wanted, render, subject},
+    replicas::Replicas,
+    report,
+    resolve::{Place, Refusal, Rollout, Stage},
+    snapshot::{Observed, Snapshot, Verb},
+};
+use crate::api::{
+    Approval, Blame, Comparison, Decision, DeletionPolicy, KpiStatus, Mode, OptimizationState, OptimizationStatus, Phase,
+    Promotion, RolloutStatus, StageStatus, Step, Verdict, What,
+};
+
+/// How long a shared alarm waits for an owned one before everything is rolled back.
+pub const BLAME_WINDOW: SignedDuration = SignedDuration::from_secs(60);
+/// How long the pods of a stage may take to be exposed before the rollout is called stalled.
+pub const PROGRESS_DEADLINE: SignedDuration = SignedDuration::from_secs(600);
+/// How long a pod that runs may be not Ready before that is a signal.
+pub const NOT_READY_LIMIT: SignedDuration = SignedDuration::from_secs(120);
+/// How often pods that are being brought up are looked at, besides when an event tells of a change.
+const POLL: SignedDuration = SignedDuration::from_secs(1);
+/// How often a rollout that waits for nothing is looked at, against missed events.
+const IDLE: SignedDuration = SignedDuration::from_secs(3600);
+/// Decisions kept in status.
+const DECISIONS: usize = 20;
+
+/// What is to be done.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The new status.
+    pub status: RolloutStatus,
+    /// Variants to apply, in order.
+    pub targets: Vec<Target>,
+    /// Variants to delete.
+    pub remove: Vec<Variant>,
+    /// Verbs that have been answered, whose annotations are to be removed.
+    pub answered: Vec<Verb>,
+    /// Whether the finalizer can go: nothing is left to be put back.
+    pub release: bool,
+    /// When to look again at the latest.
+    pub wake: Timestamp,
+}
+
+/// What is to be asked of Prometheus.
+#[derive(Clone, Debug)]
+pub struct Inquiry {
+    /// The KPIs, each with its evidence so far.
+    pub kpis: Vec<(Kpi, crate::api::Evidence)>,
+    /// The pods that are compared.
+    pub arms: Arms,
+    /// Log evidence at which a KPI alarms.
+    pub alarm_at: f64,
+    /// Last tick of the grid that can be asked for now.
+    pub until: Tick,
+    /// Spacing of the grid, in seconds.
+    pub step: i64,
+}
+
+/// What is to be asked of Prometheus now, or nothing while nothing may be judged.
+pub fn inquiry(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Option<Inquiry> {
+    let stage = status.stage.as_ref()?;
+    let from = evidence_from(rollout, stage)?;
+    let step = interval(rollout);
+    let until = judge::settled(now.as_second(), step);
+    if until <= from || !matches!(stage.step, Step::Observing | Step::AwaitingApproval | Step::Promoting) {
+        return None;
+    }
+    let arm = |variant: Variant, pods| Arm { deployment: variant.object_name(&rollout.name), pods };
+    let (canary, baseline) = match (stage.step, &planned(rollout, stage)?.place) {
+        (Step::Promoting, _) => (arm(Variant::Stable, rollout.replicas), None),
+        (_, Place::Staging(staging)) => {
+            (arm(Variant::StagingCanary, staging.replicas), Some(arm(Variant::StagingBaseline, staging.replicas)))
+        }
+        (_, Place::Weight(weight)) => {
+            let replicas = Replicas::at(rollout.replicas, *weight, rollout.comparison);
+            let baseline = match rollout.comparison {
+                Comparison::Fresh => arm(Variant::Baseline, replicas.baseline),
+                Comparison::Stable => arm(Variant::Stable, replicas.stable),
+            };
+            (arm(Variant::Canary, replicas.canary), Some(baseline))
+        }
+    };
+    let arms = Arms { namespace: rollout.namespace.clone(), canary, baseline };
+    let on = names(status, OptimizationState::Active);
+    let kpis = rollout
+        .kpis(&on)
+        .filter(|kpi| stage.step != Step::Promoting || matches!(kpi.test, Test::Threshold { .. }))
+        .map(|kpi| {
+            let known = status.kpis.iter().find(|known| known.name == kpi.name).and_then(|known| known.evidence.clone());
+            let evidence = known.unwrap_or_else(|| crate::api::Evidence { last_tick: from, ..Default::default() });
+            (kpi.clone(), evidence)
+        })
+        .collect();
+    let alarm_at = judge::alarm_at(rollout.kpi_count(), rollout.stages.len(), stage.attempt);
+    Some(Inquiry { kpis, arms, alarm_at, until, step })
+}
+
+/// Spacing of the tick grid, in seconds.
+fn interval(rollout: &Rollout) -> i64 {
+    i64::try_from(rollout.analysis.interval.as_secs()).unwrap_or(i64::MAX).max(1)
+}
+
+/// The grid tick that is the base of a stage's evidence: the first after exposure and warm-up.
+fn evidence_from(rollout: &Rollout, stage: &StageStatus) -> Option<Tick> {
+    let warm = stage.exposed_at.as_ref()?.0 + span(rollout.analysis.warm_up);
+    let step = interval(rollout);
+    let whole = warm.as_second() + i64::from(warm.subsec_nanosecond() > 0);
+    Some((whole + step - 1).div_euclid(step) * step)
+}
+
+fn span(duration: crate::api::Duration) -> SignedDuration {
+    SignedDuration::try_from(duration.std()).unwrap_or(SignedDuration::MAX)
+}
+
+/// The specification's stage that a running stage answers to: the one of its name; failing that, the last one that exposes no
+/// more, so that an edit of the list never raises exposure; failing that, the first.
+fn planned<'a>(rollout: &'a Rollout, stage: &StageStatus) -> Option<&'a Stage> {
+    rollout
+        .stages
+        .iter()
+        .find(|planned| planned.name == stage.name)
+        .or_else(|| usize::try_from(stage.index).ok().and_then(|index| rollout.stages.get(index.saturating_sub(1))))
+        .or_else(|| rollout.stages.first())
+}
+
+/// Names of the optimizations in a state.
+pub fn names(status: &RolloutStatus, state: OptimizationState) -> BTreeSet<String> {
+    status.optimizations.iter().filter(|o| o.state == state).map(|o| o.name.clone()).collect()
+}
+
+/// Takes one step. `judged` is the judges' answer to [`inquiry`], or empty where nothing was asked.
+pub fn step(rollout: &Rollout, snapshot: &Snapshot, judged: Vec<KpiStatus>, now: Timestamp) -> Plan {
+    let mut machine = Machine { rollout, snapshot, now, status: snapshot.status.clone(), answered: vec![], stall: None };
+    if !judged.is_empty() {
+        machine.status.kpis = judged;
+    }
+    machine.status.observed_generation = rollout.generation;
+    if snapshot.deleting_since.is_some() {
+        return machine.delete();
+    }
+    machine.sync();
+    machine.verbs();
+    machine.advance();
+    machine.plan()
+}
+
+/// The plan for a specification that cannot be followed: nothing is deployed, changed or removed, and the status says why.
+pub fn refuse(snapshot: &Snapshot, generation: i64, refusal: &Refusal, now: Timestamp) -> Plan {
+    let mut status = snapshot.status.clone();
+    status.observed_generation = generation;
+    let known = report::stalled(&status).is_some_and(|(reason, message)| reason == refusal.reason && message == refusal.message);
+    if !known {
+        decide(&mut status, now, What::Stalled, format!("{}: {}", refusal.reason, refusal.message));
+    }
+    status.phase = Phase::Stalled;
+    let wake = now + IDLE;
+    status.next_decision_at = Some(Time(wake));
+    report::refused(&mut status, refusal, now);
+    Plan { status, targets: vec![], remove: vec![], answered: vec![], release: snapshot.deleting_since.is_some(), wake }
+}
+
+/// Refusal because objects that bear names of ours belong to somebody else.
+pub fn conflict(foreign: &[String]) -> Refusal {
+    Refusal {
+        reason: "Conflict",
+        message: format!(
+            "already there and not this rollout's: {}; remove or rename what is there, or give the rollout another name",
+            foreign.join(", ")
+        ),
+    }
+}
+
+fn decide(status: &mut RolloutStatus, now: Timestamp, what: What, why: String) {
+    let id = status.decisions.last().map_or(0, |decision| decision.id) + 1;
+    status.decisions.push(Decision { id, time: Time(now), what, why });
+    let surplus = status.decisions.len().saturating_sub(DECISIONS);
+    status.decisions.drain(..surplus);
+}
+
+struct Machine<'a> {
+    rollout: &'a Rollout,
+    snapshot: &'a Snapshot,
+    now: Timestamp,
+    status: RolloutStatus,
+    answered: Vec<Verb>,
+    stall: Option<Refusal>,
+}
+
+impl Machine<'_> {
+    fn decide(&mut self, what: What, why: impl Into<String>) {
+        decide(&mut self.status, self.now, what, why.into());
+    }
+
+    fn active(&self) -> BTreeSet<String> {
+        names(&self.status, OptimizationState::Active)
+    }
+
+    fn stage_name(&self) -> String {
+        self.status.stage.as_ref().map(|stage| stage.name.clone()).unwrap_or_default()
+    }
+
+    fn set(&mut self, name: &str, state: OptimizationState, reason: &str) {
+        let stage = self.stage_name();
+        if let Some(entry) = self.status.optimizations.iter_mut().find(|o| o.name == name) {
+            entry.state = state;
+            entry.since = Time(self.now);
+            entry.reason = reason.to_owned();
+            if !stage.is_empty() {
+                entry.stage = stage;
+            }
+        }
+    }
+
+    /// Brings the list of optimizations in line with the specification.
+    fn sync(&mut self) {
+        let (promoted, rolled_back) =
+            self.snapshot.variants.get(&Variant::Stable).map(|stable| stable.verdicts.clone()).unwrap_or_default();
+        let known = std::mem::take(&mut self.status.optimizations);
+        for optimization in &self.rollout.optimizations {
+            let (name, config_hash) = (optimization.name.clone(), optimization.config_hash.clone());
+            let new = |state, reason: &str| OptimizationStatus {
+                name: name.clone(),
+                state,
+                stage: String::new(),
+                since: Time(self.now),
+                reason: reason.to_owned(),
+                config_hash: config_hash.clone(),
+            };
+            let entry = match known.iter().find(|entry| entry.name == name) {
+                Some(entry) if entry.config_hash == config_hash => entry.clone(),
+                Some(_) => new(OptimizationState::Pending, "its configuration has changed"),
+                // An object restored from a backup, or applied again, loses no verdict.
+                None if known.is_empty() && promoted.contains(&name) => {
+                    new(OptimizationState::Promoted, "promoted before this object was created")
+                }
+                None if known.is_empty() && rolled_back.contains(&name) => {
+                    new(OptimizationState::RolledBack, "rolled back before this object was created")
+                }
+                None => new(OptimizationState::Pending, ""),
+            };
+            self.status.optimizations.push(entry);
+        }
+    }
+
+    fn verbs(&mut self) {
+        let mut verbs = self.snapshot.verbs.clone();
+        verbs.sort();
+        for verb in verbs {
+            match &verb {
+                Verb::Abort(stage) => self.abort(stage),
+                Verb::Rollback(name) => self.rollback_by_user(name),
+                Verb::Promote(value) => self.promote_by_user(value),
+            }
+            self.answered.push(verb);
+        }
+    }
+
+    fn abort(&mut self, stage: &str) {
+        let running = self.stage_name();
+        if running.is_empty() || running != stage {
+            self.decide(What::VerbRefused, format!("abort={stage} is stale: {}", running_now(&running)));
+        } else if !self.active().is_empty() {
+            self.decide(What::Aborted, format!("the user ended the pass in stage {stage}"));
+            self.roll_back(&self.active(), "aborted by the user");
+        }
+    }
+
+    fn rollback_by_user(&mut self, name: &str) {
+        match self.status.optimizations.iter().find(|o| o.name == name).map(|o| o.state) {
+            Some(OptimizationState::Active | OptimizationState::Promoted | OptimizationState::Pending) => {
+                self.roll_back(&BTreeSet::from([name.to_owned()]), "the user asked for it");
+            }
+            Some(OptimizationState::RolledBack) => {}
+            None => {
+                let all: Vec<_> = self.status.optimizations.iter().map(|o| o.name.as_str()).collect();
+                let why = format!("rollback={name}: no optimization of this name; there are {}", all.join(", "));
+                self.decide(What::VerbRefused, why);
+            }
+        }
+    }
+
+    fn promote_by_user(&mut self, value: &str) {
+        let (wanted, name) = match value.strip_prefix("force:") {
+            Some(name) => (Promotion::Forced, name),
+            None => (Promotion::Approved, value),
+        };
+        let failing = self.failing();
+        let refusal = match &mut self.status.stage {
+            Some(stage) if stage.name == name && matches!(stage.step, Step::Observing | Step::AwaitingApproval | Step::WarmingUp) => {
+                if stage.promoted == Some(wanted) {
+                    return;
+                }
+                if wanted == Promotion::Forced && !failing.is_empty() {
+                    format!("{} fails; a failing KPI is never skipped", failing[0].name)
+                } else {
+                    stage.promoted = Some(wanted);
+                    let what = if wanted == Promotion::Forced { "skipped the rest of the bake of" } else { "approved" };
+                    self.decide(What::PromotedByUser, format!("the user {what} stage {name}"));
+                    return;
+                }
+            }
+            Some(stage) if stage.name == name => "the stage's pods are not exposed yet, or it is already past its end".to_owned(),
+            _ => running_now(&self.stage_name()),
+        };
+        self.decide(What::VerbRefused, format!("promote={value} is refused: {refusal}"));
+    }
+
+    /// KPIs that fail now.
+    fn failing(&self) -> Vec<KpiStatus> {
+        self.status.kpis.iter().filter(|kpi| kpi.verdict == Verdict::Fail).cloned().collect()
+    }
+
+    fn advance(&mut self) {
+        if self.status.stage.is_none() {
+            self.begin_pass();
+        }
+        let Some(stage) = self.status.stage.clone() else { return };
+        if self.active().is_empty() && stage.step != Step::Restoring {
+            self.restore();
+        }
+        match self.status.stage.as_ref().map(|stage| stage.step) {
+            None => {}
+            Some(Step::Promoting) => self.promoting(),
+            Some(Step::Restoring) => self.restoring(),
+            Some(_) => self.stage(),
+        }
+    }
+
+    fn begin_pass(&mut self) {
+        let pending = names(&self.status, OptimizationState::Pending);
+        if pending.is_empty() {
+            return;
+        }
+        self.enter(0, 1);
+        for name in &pending {
+            self.set(name, OptimizationState::Active, "");
+        }
+        let first = self.stage_name();
+        self.decide(What::StageStarted, format!("stage {first} begins with {}", list(&pending)));
+    }
+
+    fn enter(&mut self, index: usize, attempt: i32) {
+        let Some(planned) = self.rollout.stages.get(index) else { return };
+        self.status.stage = Some(StageStatus {
+            name: planned.name.clone(),
+            index: i32::try_from(index).unwrap_or(i32::MAX),
+            step: Step::Deploying,
+            attempt,
+            entered_at: Time(self.now),
+            attempt_at: Time(self.now),
+            subject: String::new(),
+            exposed_at: None,
+            observed: crate::api::Duration::default(),
+            blame: None,
+            promoted: None,
+        });
+        self.status.kpis.clear();
+        for name in self.active() {
+            let stage = planned.name.clone();
+            if let Some(entry) = self.status.optimizations.iter_mut().find(|o| o.name == name) {
+                entry.stage = stage;
+            }
+        }
+    }
+
+    /// A stage before the last step: deploy, warm up, observe.
+    fn stage(&mut self) {
+        let rollout = self.rollout;
+        let Some(stage) = &mut self.status.stage else { return };
+        let Some(planned) = planned(rollout, stage) else { return };
+        let index = rollout.stages.iter().position(|other| other.name == planned.name).unwrap_or_default();
+        stage.index = i32::try_from(index).unwrap_or(i32::MAX);
+        stage.name.clone_from(&planned.name);
+        self.settle_subject();
+        self.bake_clock();
+        if let Some(why) = self.signal() {
+            return self.harm("kubernetes", &BTreeSet::new(), &why, true);
+        }
+        let missing = self.unexposed();
+        let Some(stage) = &mut self.status.stage else { return };
+        match stage.step {
+            Step::Deploying if missing.is_empty() => {
+                stage.exposed_at = Some(Time(self.now));
+                stage.step = Step::WarmingUp;
+            }
+            Step::Deploying if self.now.duration_since(stage.attempt_at.0) > PROGRESS_DEADLINE => {
+                self.stall = Some(Refusal {
+                    reason: "ProgressDeadlineExceeded",
+                    message: format!(
+                        "stage {}: the pods were not all Ready with their configuration within {} minutes: {missing}; the rollout \
+                         goes on by itself once they are",
+                        planned.name,
+                        PROGRESS_DEADLINE.as_mins(),
+                    ),
+                });
+            }
+            Step::WarmingUp => {
+                let from = evidence_from(rollout, stage);
+                if from.is_some_and(|from| self.now.as_second() >= from) {
+                    stage.step = Step::Observing;
+                }
+            }
+            Step::Observing | Step::AwaitingApproval => self.observe(planned, index),
+            Step::Deploying | Step::Promoting | Step::Restoring => {}
+        }
+    }
+
+    /// Starts the evidence afresh when what is compared has changed, by us or by the user.
+    fn settle_subject(&mut self) {
+        let wanted = self.wanted();
+        let arm = |variants: [Variant; 2]| wanted.iter().find(|wanted| variants.contains(&wanted.variant));
+        let canary = arm([Variant::Canary, Variant::StagingCanary]);
+        let baseline =
+            arm([Variant::Baseline, Variant::StagingBaseline]).or_else(|| wanted.iter().find(|w| w.variant == Variant::Stable));
+        let (Some(canary), Some(baseline)) = (canary, baseline) else { return };
+        let subject = subject(self.rollout, canary, baseline);
+        let Some(stage) = &mut self.status.stage else { return };
+        if stage.subject == subject {
+            return;
+        }
+        let first = stage.subject.is_empty();
+        stage.subject = subject;
+        if first {
+            return;
+        }
+        stage.attempt += 1;
+        stage.step = Step::Deploying;
+        stage.attempt_at = Time(self.now);
+        stage.exposed_at = None;
+        stage.observed = crate::api::Duration::default();
+        stage.blame = None;
+        stage.promoted = None;
+        let why = format!(
+            "stage {} starts its evidence afresh (attempt {}): what is compared has changed, and its pods are replaced",
+            stage.name, stage.attempt
+        );
+        self.status.kpis.clear();
+        self.decide(What::StageRestarted, why);
+    }
+
+    fn bake_clock(&mut self) {
+        let active = self.active();
+        let counted = self.rollout.kpis(&active).filter_map(|kpi| {
+            let known = self.status.kpis.iter().find(|known| known.name == kpi.name)?;
+            Some((kpi, known.evidence.as_ref()?))
+        });
+        let seconds = u64::try_from(judge::observed(counted, interval(self.rollout))).unwrap_or_default();
+        if let Some(stage) = &mut self.status.stage {
+            stage.observed = crate::api::Duration::from_secs(seconds);
+        }
+    }
+
+    fn observe(&mut self, planned: &Stage, index: usize) {
+        let failing = self.failing();
+        if !failing.is_empty() {
+            let active = self.active();
+            let owners = failing.iter().filter_map(|kpi| kpi.owner.clone()).filter(|owner| active.contains(owner)).collect();
+            let why: Vec<_> = failing.iter().map(|kpi| format!("{}: {}", kpi.name, kpi.message)).collect();
+            return self.harm(&failing[0].name, &owners, &why.join("; "), false);
+        }
+        let forced = self.status.stage.as_ref().is_some_and(|stage| stage.promoted == Some(Promotion::Forced));
+        if self.unproven(planned) && (!forced || self.blind()) {
+            return;
+        }
+        let Some(stage) = &mut self.status.stage else { return };
+        if planned.approval == Approval::Required && stage.promoted.is_none() {
+            if stage.step != Step::AwaitingApproval {
+                stage.step = Step::AwaitingApproval;
+                let why = format!(
+                    "stage {0} has passed and waits for you: kubectl annotate oro {1} -n {2} synthex.io/promote={0}",
+                    planned.name, self.rollout.name, self.rollout.namespace
+                );
+                self.decide(What::ApprovalRequired, why);
+            }
+            return;
+        }
+        if self.rollout.paused {
+            return;
+        }
+        self.pass(planned, index);
+    }
+
+    fn pass(&mut self, planned: &Stage, index: usize) {
+        let attempt = self.status.stage.as_ref().map_or(1, |stage| stage.attempt);
+        let proof: Vec<_> = self.status.kpis.iter().map(|kpi| format!("{}: {}", kpi.name, kpi.message)).collect();
+        let observed = self.status.stage.as_ref().map(|stage| stage.observed).unwrap_or_default();
+        self.decide(
+            What::StagePassed,
+            format!("stage {} passed after {observed} of observation; {}", planned.name, proof.join("; ")),
+        );
+        if index + 1 < self.rollout.stages.len() {
+            self.enter(index + 1, attempt);
+            let next = self.stage_name();
+            self.decide(What::StageStarted, format!("stage {next} begins with {}", list(&self.active())));
+            return;
+        }
+        self.finish(Step::Promoting);
+        self.decide(What::Promoting, format!("the stable Deployment takes {}", list(&self.active())));
+    }
+
+    /// Turns to one of the two last steps.
+    fn finish(&mut self, step: Step) {
+        if let Some(stage) = &mut self.status.stage {
+            stage.step = step;
+            stage.attempt_at = Time(self.now);
+            stage.exposed_at = None;
+            stage.blame = None;
+        }
+        self.status.kpis.clear();
+    }
+
+    fn restore(&mut self) {
+        self.finish(Step::Restoring);
+    }
+
+    /// The last step of a pass that succeeds: stable is full and exposed, the arms go, one more warm-up is watched.
+    fn promoting(&mut self) {
+        if let Some(why) = self.signal() {
+            return self.harm("kubernetes", &BTreeSet::new(), &why, true);
+        }
+        if let Some(kpi) = self.failing().first() {
+            return self.harm(&kpi.name, &BTreeSet::new(), &format!("{}: {}", kpi.name, kpi.message), true);
+        }
+        let ready = self.stable_exposed();
+        let warm_up = span(self.rollout.analysis.warm_up);
+        let Some(stage) = &mut self.status.stage else { return };
+        if ready && stage.exposed_at.is_none() {
+            stage.exposed_at = Some(Time(self.now));
+        }
+        let watched = stage.exposed_at.as_ref().is_some_and(|since| self.now.duration_since(since.0) >= warm_up);
+        if !(ready && watched && self.arms_gone()) {
+            return;
+        }
+        let active = self.active();
+        for name in &active {
+            self.set(name, OptimizationState::Promoted, "passed every stage");
+        }
+        let rolled_back = names(&self.status, OptimizationState::RolledBack);
+        let without = if rolled_back.is_empty() { String::new() } else { format!("; rolled back: {}", list(&rolled_back)) };
+        self.decide(What::Completed, format!("{} on all pods{without}", list(&active)));
+        self.status.stage = None;
+        self.status.kpis.clear();
+    }
+
+    /// The last step of a pass that fails: stable is full, the arms go.
+    fn restoring(&mut self) {
+        if !(self.stable_exposed() && self.arms_gone()) {
+            return;
+        }
+        let why = match self.status.optimizations.iter().filter(|o| o.state == OptimizationState::RolledBack).count() {
+            0 => "no optimization is left to roll out".to_owned(),
+            _ => format!("rolled back: {}", list(&names(&self.status, OptimizationState::RolledBack))),
+        };
+        self.decide(What::RolledBack, format!("the pass ended with none of its optimizations on; {why}"));
+        self.status.stage = None;
+        self.status.kpis.clear();
+    }
+
+    fn stable_exposed(&self) -> bool {
+        let wanted = self.wanted();
+        let Some(stable) = wanted.iter().find(|w| w.variant == Variant::Stable) else { return false };
+        let target = render(self.rollout, stable);
+        self.snapshot.variants.get(&Variant::Stable).is_some_and(|seen| seen.exposed(&target))
+    }
+
+    fn arms_gone(&self) -> bool {
+        self.snapshot.variants.iter().all(|(variant, seen)| *variant == Variant::Stable || seen.replicas == 0 && seen.pods.is_empty())
+    }
+
+    /// An alarm: rolls back the owners; without any, waits one window for an owned alarm, then rolls back all.
+    fn harm(&mut self, kpi: &str, owners: &BTreeSet<String>, why: &str, at_once: bool) {
+        let active = self.active();
+        let Some(stage) = &mut self.status.stage else { return };
+        let window_over = stage.blame.as_ref().is_some_and(|blame| self.now.duration_since(blame.since.0) >= BLAME_WINDOW);
+        let observe_only = self.rollout.analysis.mode == Mode::Observe;
+        if !observe_only && !owners.is_empty() {
+            self.roll_back(owners, why);
+        } else if !observe_only && (at_once || window_over || active.len() == 1) {
+            let all = if active.len() > 1 { "; no KPI names one optimization, so all are switched off" } else { "" };
+            self.roll_back(&active, &format!("{why}{all}"));
+        } else if stage.blame.is_none() {
+            stage.blame = Some(Blame { kpi: kpi.to_owned(), since: Time(self.now) });
+            let next = match observe_only {
+                true => "analysis.mode is Observe: promotion stops, nothing is rolled back".to_owned(),
+                false => {
+                    let window = BLAME_WINDOW.as_secs();
+                    format!("promotion is frozen, and an alarm that names one optimization is awaited for {window} s")
+                }
+            };
+            self.decide(What::AlarmRaised, format!("{why}; {next}"));
+        }
+    }
+
+    fn roll_back(&mut self, names: &BTreeSet<String>, why: &str) {
+        for name in names {
+            self.set(name, OptimizationState::RolledBack, why);
+        }
+        let stage = self.stage_name();
+        let place = if stage.is_empty() { String::new() } else { format!(" in stage {stage}") };
+        self.decide(What::OptimizationRolledBack, format!("{} switched off{place}: {why}", list(names)));
+        if self.status.stage.is_some() {
+            if self.active().is_empty() { self.restore() } else { self.settle_subject() }
+        }
+    }
+
+    /// Whether the stage still lacks bake time or a required KPI its proof.
+    fn unproven(&self, planned: &Stage) -> bool {
+        let baked = self.status.stage.as_ref().is_some_and(|stage| stage.observed >= planned.duration);
+        let proven = |kpi: &Kpi| {
+            let known = self.status.kpis.iter().find(|known| known.name == kpi.name);
+            known.is_some_and(|known| {
+                let requests = known.evidence.as_ref().map_or(0.0, |evidence| evidence.canary.total);
+                let enough = matches!(kpi.test, Test::Threshold { .. }) || requests >= planned.min_requests as f64;
+                known.verdict == Verdict::Pass && enough
+            })
+        };
+        !(baked && self.rollout.kpis(&self.active()).filter(|kpi| kpi.required).all(proven))
+    }
+
+    /// Whether a required KPI cannot be seen at all. Not even the user's word promotes then.
+    fn blind(&self) -> bool {
+        self.status.kpis.is_empty()
+            || self.status.kpis.iter().any(|kpi| matches!(kpi.verdict, Verdict::TelemetryDown | Verdict::NoData))
+    }
+
+    /// What Kubernetes itself tells against the candidate, and not as much against what it is compared with.
+    fn signal(&self) -> Option<String> {
+        let stage = self.status.stage.as_ref()?;
+        let (candidate, reference) = match (stage.step, &planned(self.rollout, stage)?.place) {
+            (Step::Promoting, _) => (Variant::Stable, None),
+            (_, Place::Staging(_)) => (Variant::StagingCanary, Some(Variant::StagingBaseline)),
+            (_, Place::Weight(_)) => match self.rollout.comparison {
+                Comparison::Fresh => (Variant::Canary, Some(Variant::Baseline)),
+                Comparison::Stable => (Variant::Canary, Some(Variant::Stable)),
+            },
+        };
+        let nothing = Observed::default();
+        let seen = self.snapshot.variants.get(&candidate)?;
+        let reference = reference.and_then(|variant| self.snapshot.variants.get(&variant)).unwrap_or(&nothing);
+        let killed = |seen: &Observed| seen.pods.iter().filter(|pod| pod.oom_killed && !pod.terminating).count();
+        // The worst pod of each arm, so that arms of different size compare.
+        let restarts = |seen: &Observed| seen.pods.iter().filter(|pod| !pod.terminating).map(|pod| pod.restarts).max().unwrap_or_default();
+        let stuck = |seen: &Observed| {
+            seen.pods
+                .iter()
+                .find(|pod| !pod.terminating && pod.not_ready_since.is_some_and(|since| self.now.duration_since(since) > NOT_READY_LIMIT))
+                .map(|pod| pod.name.clone())
+        };
+        if killed(seen) > killed(reference) {
+            return Some(format!("kubernetes: a pod of {} was killed for want of memory, none of the baseline was", candidate.label()));
+        }
+        if restarts(seen) >= restarts(reference) + 2 {
+            return Some(format!(
+                "kubernetes: a pod of {} has restarted {} times, the baseline's {} times",
+                candidate.label(),
+                restarts(seen),
+                restarts(reference)
+            ));
+        }
+        match (stuck(seen), stuck(reference)) {
+            (Some(pod), None) => Some(format!(
+                "kubernetes: pod {pod} has been running without being Ready for more than {} s, while the baseline is Ready",
+                NOT_READY_LIMIT.as_secs()
+            )),
+            _ => None,
+        }
+    }
+
+    /// The variants that are not exposed yet, in words; empty once every pod that is compared is exposed and production has the
+    /// wanted replicas.
+    fn unexposed(&self) -> String {
+        let nothing = Observed::default();
+        let missing: Vec<_> = self
+            .wanted()
+            .iter()
+            .filter_map(|wanted| {
+                let target = render(self.rollout, wanted);
+                let seen = self.snapshot.variants.get(&wanted.variant).unwrap_or(&nothing);
+                let there = match wanted.variant {
+                    Variant::Stable => seen.replicas == target.replicas && seen.serving() >= target.replicas,
+                    Variant::StagingLoad | Variant::StagingExperts => seen.serving() >= 1,
+                    _ => seen.exposed(&target),
+                };
+                (!there).then(|| format!("{} has {} of {} pods", wanted.variant.label(), seen.serving(), target.replicas))
+            })
+            .collect();
+        missing.join(", ")
+    }
+
+    /// The variants as the status wants them, before the order of additions and removals.
+    fn wanted(&self) -> Vec<Wanted<'_>> {
+        let promoted = names(&self.status, OptimizationState::Promoted);
+        let with_active: BTreeSet<_> = promoted.union(&self.active()).cloned().collect();
+        let n = self.rollout.replicas;
+        let make = |variant, replicas, on: &BTreeSet<String>| Wanted {
+            variant,
+            replicas,
+            on: on.clone(),
+            staging: None,
+            attempt: 1,
+            annotations: BTreeMap::new(),
+        };
+        let stable = |replicas, on: &BTreeSet<String>| Wanted {
+            annotations: BTreeMap::from([
+                (PROMOTED_ANNOTATION, list(&promoted)),
+                (ROLLED_BACK_ANNOTATION, list(&names(&self.status, OptimizationState::RolledBack))),
+            ]),
+            ..make(Variant::Stable, replicas, on)
+        };
+        let Some(stage) = &self.status.stage else { return vec![stable(n, &promoted)] };
+        let place = planned(self.rollout, stage).map(|planned| &planned.place);
+        match (stage.step, place) {
+            (Step::Promoting, _) => vec![stable(n, &with_active)],
+            (Step::Restoring, _) | (_, None) => vec![stable(n, &promoted)],
+            (_, Some(Place::Staging(staging))) => {
+                let arm = |variant, replicas, on, attempt| Wanted { staging: Some(staging), attempt, ..make(variant, replicas, on) };
+                let mut wanted = vec![stable(n, &promoted)];
+                if Rollout::mock_experts(staging) {
+                    wanted.push(arm(Variant::StagingExperts, 1, &promoted, 1));
+                }
+                wanted.push(arm(Variant::StagingBaseline, staging.replicas, &promoted, stage.attempt));
+                wanted.push(arm(Variant::StagingCanary, staging.replicas, &with_active, stage.attempt));
+                wanted.push(arm(Variant::StagingLoad, 1, &promoted, 1));
+                wanted
+            }
+            (_, Some(Place::Weight(weight))) => {
+                let replicas = Replicas::at(n, *weight, self.rollout.comparison);
+                let arm = |variant, replicas, on| Wanted { attempt: stage.attempt, ..make(variant, replicas, on) };
+                let mut wanted = vec![arm(Variant::Canary, replicas.canary, &with_active)];
+                if replicas.baseline > 0 {
+                    wanted.push(arm(Variant::Baseline, replicas.baseline, &promoted));
+                }
+                wanted.push(stable(replicas.stable, &promoted));
+                wanted
+            }
+        }
+    }
+
+    /// The order of additions and removals: serving capacity never falls below the user's replicas by our act.
+    fn sequenced(&self) -> (Vec<Wanted<'_>>, Vec<Variant>) {
+        let nothing = Observed::default();
+        let seen = |variant: Variant| self.snapshot.variants.get(&variant).unwrap_or(&nothing);
+        let mut wanted = self.wanted();
+        let promoted = names(&self.status, OptimizationState::Promoted);
+        let promoting = self.status.stage.as_ref().is_some_and(|stage| stage.step == Step::Promoting);
+        let attempt = self.status.stage.as_ref().map_or(1, |stage| stage.attempt);
+        // Arms that are to go keep serving, with the configuration that is to stay, until they can be spared.
+        for variant in [Variant::Canary, Variant::Baseline] {
+            if self.snapshot.variants.contains_key(&variant) && !wanted.iter().any(|w| w.variant == variant) {
+                let mut on = promoted.clone();
+                if promoting && variant == Variant::Canary {
+                    on.extend(self.active());
+                }
+                wanted.push(Wanted { variant, replicas: 0, on, staging: None, attempt, annotations: BTreeMap::new() });
+            }
+        }
+        let serving: i32 = Variant::PRODUCTION.iter().map(|variant| seen(*variant).serving()).sum();
+        let mut spare = (serving - self.rollout.replicas).max(0);
+        for variant in Variant::PRODUCTION {
+            let Some(wanted) = wanted.iter_mut().find(|w| w.variant == variant) else { continue };
+            let current = seen(variant);
+            let surplus = (current.replicas - wanted.replicas).max(0);
+            // Pods that do not serve can go at once; the ReplicaSet removes those first.
+            let idle = (current.replicas - current.serving()).clamp(0, surplus);
+            let served = (surplus - idle).min(spare);
+            spare -= served;
+            wanted.replicas += surplus - idle - served;
+        }
+        let gone = |variant: &Variant| match wanted.iter().find(|w| w.variant == *variant) {
+            Some(w) => w.replicas == 0 && *variant != Variant::Stable,
+            None => true,
+        };
+        let remove: Vec<_> = self.snapshot.variants.keys().copied().filter(gone).collect();
+        wanted.retain(|w| !remove.contains(&w.variant) && (w.replicas > 0 || w.variant == Variant::Stable));
+        (wanted, remove)
+    }
+
+    fn delete(mut self) -> Plan {
+        let since = self.snapshot.deleting_since.unwrap_or(self.now);
+        let stable = self.snapshot.variants.get(&Variant::Stable);
+        let rest: Vec<_> = self.snapshot.variants.keys().copied().filter(|v| *v != Variant::Stable).collect();
+        // Never hang on a stable Deployment that somebody has removed, or that cannot become Ready.
+        let waited = self.now.duration_since(since) > PROGRESS_DEADLINE;
+        let put_back = self.rollout.deletion_policy == DeletionPolicy::Orphan && stable.is_some() && !waited;
+        let (targets, remove) = if put_back {
+            for name in self.active() {
+                self.set(&name, OptimizationState::RolledBack, "the rollout was deleted before it had passed");
+            }
+            self.status.stage = None;
+            let (wanted, remove) = self.sequenced();
+            (wanted.iter().map(|wanted| render(self.rollout, wanted)).collect(), remove)
+        } else if self.rollout.deletion_policy == DeletionPolicy::Delete {
+            (vec![], self.snapshot.variants.keys().copied().collect())
+        } else {
+            (vec![], rest.clone())
+        };
+        let release = rest.iter().all(|variant| remove.contains(variant));
+        // The status is not written any more; what it said stays for whoever reads the object's last version.
+        Plan { status: self.snapshot.status.clone(), targets, remove, answered: vec![], release, wake: self.now + POLL }
+    }
+
+    fn plan(mut self) -> Plan {
+        let (wanted, remove) = self.sequenced();
+        let targets = wanted.iter().map(|wanted| render(self.rollout, wanted)).collect();
+        let note = self.note();
+        let wake = self.wake(&remove);
+        if let Some(stall) = &self.stall
+            && report::stalled(&self.status).is_none_or(|(reason, _)| reason != stall.reason)
+        {
+            let why = format!("{}: {}", stall.reason, stall.message);
+            self.decide(What::Stalled, why);
+        } else if self.stall.is_none() && report::stalled(&self.status).is_some() {
+            self.decide(What::Resumed, "the rollout goes on");
+        }
+        self.status.next_decision_at = Some(Time(wake));
+        self.status.phase = self.phase();
+        report::weight(&mut self.status, self.rollout, self.snapshot);
+        report::summary(&mut self.status);
+        report::progress(&mut self.status, self.stall.as_ref(), &note, self.now);
+        Plan { status: self.status, targets, remove, answered: self.answered, release: false, wake }
+    }
+
+    fn phase(&self) -> Phase {
+        let Some(stage) = &self.status.stage else {
+            return if names(&self.status, OptimizationState::Promoted).is_empty() { Phase::RolledBack } else { Phase::Completed };
+        };
+        match stage {
+            _ if self.stall.is_some() => Phase::Stalled,
+            stage if stage.blame.is_some() => Phase::Blaming,
+            _ if self.rollout.paused => Phase::Paused,
+            _ => Phase::Progressing,
+        }
+    }
+
+    /// What the rollout does and waits for, without numbers that change at each tick.
+    fn note(&self) -> String {
+        let Some(stage) = &self.status.stage else {
+            return self.status.decisions.last().map(|decision| decision.why.clone()).unwrap_or_default();
+        };
+        let planned = planned(self.rollout, stage);
+        let bake = planned.map(|planned| planned.duration).unwrap_or_default();
+        let doing = match stage.step {
+            Step::Deploying => "its pods are brought up".to_owned(),
+            Step::WarmingUp => "its pods warm up".to_owned(),
+            Step::Observing if self.blind() && !self.status.kpis.is_empty() => {
+                "held: a KPI cannot be read, and nothing is promoted or rolled back meanwhile".to_owned()
+            }
+            Step::Observing if stage.observed >= bake && self.rollout.paused => "its bake is over; the rollout is paused".to_owned(),
+            Step::Observing if stage.observed >= bake => match planned.is_some_and(|planned| self.unproven(planned)) {
+                true => "its bake is over; more evidence is needed before it can pass".to_owned(),
+                false => "its bake is over".to_owned(),
+            },
+            Step::Observing => format!("it is observed for {bake}"),
+            Step::AwaitingApproval => format!("it has passed and waits for synthex.io/promote={}", stage.name),
+            Step::Promoting => "it has passed, and the stable Deployment takes the optimizations".to_owned(),
+            Step::Restoring => "no optimization is left, and the stable Deployment returns to full capacity".to_owned(),
+        };
+        match &stage.blame {
+            Some(blame) => format!("stage {}: {} alarms and promotion is frozen", stage.name, blame.kpi),
+            None => format!("stage {}: {doing}", stage.name),
+        }
+    }
+
+    fn wake(&self, remove: &[Variant]) -> Timestamp {
+        let Some(stage) = &self.status.stage else {
+            return self.now + if remove.is_empty() { IDLE } else { POLL };
+        };
+        let step = interval(self.rollout);
+        // When the next tick has settled.
+        let wait = step - (self.now.as_second() - judge::settled(self.now.as_second(), step)).rem_euclid(step);
+        let next_tick = self.now + SignedDuration::from_secs(wait);
+        match stage.step {
+            Step::Deploying | Step::Promoting | Step::Restoring => self.now + POLL,
+            Step::WarmingUp => evidence_from(self.rollout, stage)
+                .and_then(|from| Timestamp::from_second(from).ok())
+                .unwrap_or(next_tick)
+                .max(self.now),
+            Step::Observing | Step::AwaitingApproval => next_tick,
+        }
+    }
+}
+
+fn running_now(stage: &str) -> String {
+    if stage.is_empty() { "no stage runs now".into() } else { format!("the stage that runs now is {stage}") }
+}
+
+fn list(names: &BTreeSet<String>) -> String {
+    names.iter().map(String::as_str).collect::<Vec<_>>().join(",")
+}
