@@ -81,7 +81,7 @@ fn names_resolve_in_pods_and_services_balance() -> Result<()> {
     for host in ["probe", &format!("probe.{}.svc.cluster.local", namespace.name())] {
         let mut seen = BTreeSet::new();
         cluster.eventually("an answer from each pod", namespace.name(), PATIENCE, || {
-            seen.insert(within(&cluster, &namespace, client, &format!("/get?{host}:80/"))?);
+            seen.insert(within(&cluster, &namespace, client, &format!("/get/{host}:80/"))?);
             ensure!(seen == all, "so far: {seen:?}");
             Ok(())
         })?;
@@ -99,7 +99,7 @@ fn a_changed_config_map_reaches_touched_pods_soon() -> Result<()> {
     // The kubelet's own round takes up to a minute; a touched pod is looked at at once.
     for pod in pods(&namespace)? {
         cluster.eventually("the new text", namespace.name(), Duration::from_secs(10), || {
-            let text = within(&cluster, &namespace, &pod, "/file?/config/text")?;
+            let text = within(&cluster, &namespace, &pod, "/file/config/text")?;
             ensure!(text == "two", "{pod} has {text:?}");
             Ok(())
         })?;

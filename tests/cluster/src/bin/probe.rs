@@ -1,10 +1,11 @@
 //! A tiny HTTP server, with which the smoke tests look at the cluster from within a pod. Not part of the product.
 //!
-//! `/` gives the pod's name, `/file?PATH` a file of the pod, `/get?HOST:PORT/PATH` what another server answers
+//! `/` gives the pod's name, `/file/PATH` a file of the pod, `/get/HOST:PORT/PATH` what another server answers
 //! (one new connection, name looked up by the pod's resolver), `/metrics` one gauge.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::time::Duration;
 
 /// The largest answer that is handed on, in bytes.
@@ -41,12 +42,14 @@ fn serve(mut stream: &TcpStream) -> io::Result<()> {
 }
 
 fn answer(target: &str) -> io::Result<String> {
-    match target.split_once('?').unwrap_or((target, "")) {
-        ("/", _) => Ok(std::env::var("HOSTNAME").unwrap_or_default()),
-        ("/metrics", _) => Ok("# TYPE probe_up gauge\nprobe_up 1\n".into()),
-        ("/file", path) => std::fs::read_to_string(path),
-        ("/get", url) => get(url),
-        _ => Err(io::Error::other("unknown path")),
+    match target {
+        "/" => Ok(std::env::var("HOSTNAME").unwrap_or_default()),
+        "/metrics" => Ok("# TYPE probe_up gauge\nprobe_up 1\n".into()),
+        _ => match (target.strip_prefix("/file/"), target.strip_prefix("/get/")) {
+            (Some(path), _) => std::fs::read_to_string(Path::new("/").join(path)),
+            (_, Some(url)) => get(url),
+            _ => Err(io::Error::other("unknown path")),
+        },
     }
 }
 
