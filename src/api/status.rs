@@ -257,12 +257,26 @@ pub struct Evidence {
     /// Events and requests of the baseline.
     #[serde(default)]
     pub baseline: Counts,
+    /// Counts of the last tick when only one arm had requests in it. They are compared together with those of the next tick, so
+    /// that arms whose scrapes fall into different ticks are still compared.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub carry: Option<Carry>,
     /// Samples in a row beyond a threshold.
     #[serde(default)]
     pub breaches: i32,
     /// Last value under a threshold.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub value: Option<f64>,
+}
+
+/// Counts of both arms that wait for those of the next tick.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Carry {
+    /// Events and requests of the canary.
+    pub canary: Counts,
+    /// Events and requests of the baseline.
+    pub baseline: Counts,
 }
 
 /// Events among requests.

@@ -1,14 +1,36 @@
 //! The one place that talks HTTP to Prometheus. Every answer, however odd, becomes an [`Answer`] with a name.
 //!
-//! Must not judge, retry or remember: the next round asks again.
+//! Must not judge, retry or remember: the next round asks again. Nothing here is without a bound: the time and the size of an
+//! answer, its series, and the queries under way. No message shows the user and password of a URL.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, error::Error as _, sync::Arc, time::Duration};
 
-use crate::decision::judge::{Answer, Tick};
+use reqwest::{Response, StatusCode, Url, redirect};
+use serde::{Deserialize, de::IgnoredAny};
+use tokio::sync::Semaphore;
 
-/// A Prometheus server, or what speaks its HTTP API. Cheap to clone; clones share connections.
+use crate::decision::judge::{Answer, MAX_TICKS, Samples, Series, Tick, excerpt, quote};
+
+/// Most bytes of an answer that are read.
+const MAX_BODY: usize = 8 << 20;
+
+/// Most series of an answer that are taken.
+const MAX_SERIES: usize = 50_000;
+
+/// Most queries under way at once; the others wait their turn.
+const MAX_CONCURRENT: usize = 8;
+
+/// A Prometheus server, or what speaks its HTTP API. Cheap to clone; clones share connections and the bound on queries under way.
 #[derive(Clone, Debug)]
-pub struct Prometheus {}
+pub struct Prometheus {
+    client: reqwest::Client,
+    /// Where range queries go; may hold a user and a password.
+    endpoint: Url,
+    /// The server's address as it may be shown.
+    shown: String,
+    timeout: Duration,
+    gate: Arc<Semaphore>,
+}
 
 /// Why a client could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -17,23 +39,299 @@ pub enum Error {
     #[error("the address of Prometheus {0}: give a URL such as http://prometheus.monitoring.svc:9090")]
     Url(&'static str),
     /// TLS could not be set up.
-    #[error("the HTTP client for Prometheus cannot be built: {0}")]
-    Client(reqwest::Error),
+    #[error(
+        "the HTTP client for Prometheus cannot be built: {0}; an https address needs CA certificates in the image, or a file of them in SSL_CERT_FILE"
+    )]
+    Client(String),
 }
 
 impl Prometheus {
-    /// A client for the server at `url`, of which each query takes `timeout` at most.
+    /// A client for the server at `url`, of which each query takes `timeout` at most. A path in the URL is kept, as for a server
+    /// behind a prefix; a user and a password in it are sent as basic authentication. Proxy settings of the environment are
+    /// not followed, nor are redirects.
     ///
     /// # Errors
     /// When the URL is not an http or https URL with a host, or TLS cannot be set up.
     pub fn new(url: &str, timeout: Duration) -> Result<Self, Error> {
-        let (_, _) = (url, timeout);
-        Ok(Self {})
+        let mut endpoint = Url::parse(url).map_err(|_| Error::Url("is no URL"))?;
+        if !matches!(endpoint.scheme(), "http" | "https") {
+            return Err(Error::Url("is not an http or https URL"));
+        }
+        endpoint.set_query(None);
+        endpoint.set_fragment(None);
+        let mut public = endpoint.clone();
+        // Setting these fails only on URLs without a host, and http URLs have one.
+        let _ = (public.set_username(""), public.set_password(None));
+        let shown = public.as_str().trim_end_matches('/').to_owned();
+        endpoint.set_path(&format!("{}/api/v1/query_range", endpoint.path().trim_end_matches('/')));
+
+        let mut builder = reqwest::Client::builder()
+            .no_proxy()
+            .redirect(redirect::Policy::none())
+            .connect_timeout(timeout)
+            .timeout(timeout)
+            .pool_max_idle_per_host(MAX_CONCURRENT);
+        if endpoint.scheme() == "http" {
+            // Without this the client needs the system's CA certificates, which a minimal image does not have.
+            builder = builder.tls_certs_only([]);
+        }
+        let client = builder.build().map_err(|error| Error::Client(chain(error)))?;
+        Ok(Self { client, endpoint, shown, timeout, gate: Arc::new(Semaphore::new(MAX_CONCURRENT)) })
     }
 
-    /// The samples of a query at `start`, `start + step` and so on to `end`: at most [`crate::decision::judge::MAX_TICKS`] ticks.
+    /// The samples of a query at `start`, `start + step` and so on to `end`: at most [`MAX_TICKS`] ticks, all multiples of `step`.
     pub async fn range(&self, query: &str, start: Tick, end: Tick, step: i64) -> Answer {
-        let (_, _, _, _) = (query, start, end, step);
-        Answer::Down("not asked".to_owned())
+        let Some(grid) = Grid::new(start, end, step) else {
+            return malformed(
+                query,
+                format!("{start} to {end} by {step} s is not a range of 1 to {MAX_TICKS} ticks"),
+            );
+        };
+        // The semaphore is never closed, so that this is always a permit.
+        let _permit = self.gate.acquire().await;
+        let form = [
+            ("query", query),
+            ("start", &start.to_string()),
+            ("end", &end.to_string()),
+            ("step", &step.to_string()),
+            // Prometheus then stops working on what nobody waits for any more.
+            ("timeout", &format!("{}ms", self.timeout.as_millis())),
+        ];
+        // POST, since a query may be longer than servers and proxies allow a URL to be.
+        match self.client.post(self.endpoint.clone()).form(&form).send().await {
+            Ok(response) => self.read(query, grid, response).await,
+            Err(error) => self.unreached(query, error),
+        }
+    }
+
+    async fn read(&self, query: &str, grid: Grid, mut response: Response) -> Answer {
+        let status = response.status();
+        let mut body = Vec::new();
+        let mut too_long = response.content_length().is_some_and(|length| length > MAX_BODY as u64);
+        while !too_long {
+            match response.chunk().await {
+                Ok(Some(chunk)) => {
+                    too_long = body.len() + chunk.len() > MAX_BODY;
+                    if !too_long {
+                        body.extend_from_slice(&chunk);
+                    }
+                }
+                Ok(None) => break,
+                Err(error) => return self.unreached(query, error),
+            }
+        }
+        let reply = (!too_long).then(|| serde_json::from_slice::<Reply>(&body));
+        // Prometheus says why it refuses in a body of JSON, whatever the status; anything else is from something in between.
+        if let Some(Ok(Reply { status: Outcome::Error, error_type, error, .. })) = &reply {
+            return self.refused(query, status, error_type.as_deref(), error.as_deref());
+        }
+        if !status.is_success() {
+            let hint = match status.as_u16() {
+                300..=399 => ": it redirects, which is not followed; give the final address",
+                401 | 403 => ": it wants credentials; put a user and a password into the URL",
+                404 | 405 => ": is this the address of Prometheus itself?",
+                _ => "",
+            };
+            return Answer::Down(format!("{} answers with {status}{hint}", self.shown));
+        }
+        match reply {
+            None => malformed(
+                query,
+                format!(
+                    "the answer is larger than {} MiB: narrow the selectors, or aggregate labels away",
+                    MAX_BODY >> 20
+                ),
+            ),
+            Some(Err(error)) => malformed(
+                query,
+                format!(
+                    "the answer of {} is not the JSON of Prometheus ({error}): is this the address of Prometheus itself?",
+                    self.shown
+                ),
+            ),
+            Some(Ok(reply)) => match matrix(reply, grid) {
+                Ok(samples) => Answer::Series(samples),
+                Err(why) => malformed(query, why),
+            },
+        }
+    }
+
+    /// Prometheus says that it will not or cannot answer.
+    fn refused(&self, query: &str, status: StatusCode, kind: Option<&str>, error: Option<&str>) -> Answer {
+        let error = excerpt(error.unwrap_or("without a reason"));
+        match kind {
+            Some("bad_data" | "execution") => {
+                malformed(query, format!("Prometheus cannot evaluate the query: {error}"))
+            }
+            _ => Answer::Down(format!(
+                "{} answers with {} ({status}): {error}",
+                self.shown,
+                excerpt(kind.unwrap_or("an error"))
+            )),
+        }
+    }
+
+    fn unreached(&self, query: &str, error: reqwest::Error) -> Answer {
+        Answer::Down(if error.is_timeout() {
+            format!(
+                "{} did not answer within {:?}; if only this query is slow, simplify it: {}",
+                self.shown,
+                self.timeout,
+                quote(query)
+            )
+        } else {
+            format!("{} cannot be reached: {}", self.shown, chain(error))
+        })
+    }
+}
+
+fn malformed(query: &str, what: String) -> Answer {
+    Answer::Malformed(format!("{what}; the query is {}", quote(query)))
+}
+
+/// An error and its causes, without the URL, which may hold a password.
+fn chain(error: reqwest::Error) -> String {
+    let error = error.without_url();
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// The ticks that were asked for.
+#[derive(Clone, Copy)]
+struct Grid {
+    start: Tick,
+    end: Tick,
+    step: i64,
+}
+
+impl Grid {
+    fn new(start: Tick, end: Tick, step: i64) -> Option<Self> {
+        let span = end.checked_sub(start)?;
+        (step > 0 && span >= 0 && span / step < MAX_TICKS).then_some(Self { start, end, step })
+    }
+
+    /// The tick of a time in an answer, if it was asked for.
+    fn tick(self, time: f64) -> Option<Tick> {
+        // Converting saturates, so that a huge or missing time is caught by the bounds.
+        let tick = time as Tick;
+        (tick as f64 == time
+            && (self.start..=self.end).contains(&tick)
+            && (tick - self.start) % self.step == 0)
+            .then_some(tick)
+    }
+}
+
+/// The series of a reply, sorted. Says what is wrong with any that cannot be taken as they stand.
+fn matrix(reply: Reply, grid: Grid) -> Result<Samples, String> {
+    // Up to version 2.5x Prometheus puts its remarks on style among the warnings.
+    if let Some(warning) = reply.warnings.iter().find(|warning| !warning.starts_with("PromQL info")) {
+        return Err(format!(
+            "the answer may be incomplete, since Prometheus warns: {}; mend what it reads from, or the query",
+            excerpt(warning)
+        ));
+    }
+    let result = match reply.data {
+        Some(Data::Matrix(result)) => result,
+        Some(Data::Vector(_)) => return Err(other("an instant vector")),
+        Some(Data::Scalar(_)) => return Err(other("a scalar")),
+        Some(Data::String(_)) => return Err(other("a string")),
+        None => return Err("the answer holds no data: is this the address of Prometheus itself?".to_owned()),
+    };
+    if result.len() > MAX_SERIES {
+        return Err(format!(
+            "the answer has {} series, more than {MAX_SERIES}: narrow the selectors, or aggregate labels away",
+            result.len()
+        ));
+    }
+    let mut samples: Samples =
+        result.into_iter().map(|range| series(range, grid)).collect::<Result<_, String>>()?;
+    samples.sort_unstable_by(|a, b| a.key().cmp(&b.key()));
+    match samples.windows(2).find(|pair| pair[0].key() == pair[1].key()) {
+        Some(twins) => Err(format!(
+            "the answer has the series {} twice: is something between the operator and Prometheus joining two servers?",
+            excerpt(&twins[0].labels)
+        )),
+        None => Ok(samples),
+    }
+}
+
+fn other(kind: &str) -> String {
+    format!("the answer to a range query is {kind}, not a matrix: is this the address of Prometheus itself?")
+}
+
+fn series(range: Range, grid: Grid) -> Result<Series, String> {
+    if range.histograms.is_some() {
+        return Err("the query gives native histograms, and counters or plain values are needed: use histogram_count(...)".to_owned());
+    }
+    let mut points: Vec<(Tick, f64)> = Vec::with_capacity(range.values.len());
+    for (time, Value(value)) in range.values {
+        let Some(tick) = grid.tick(time) else {
+            return Err(format!(
+                "the answer has a sample at {time}, which was not asked for: is something between the operator and Prometheus \
+                 rounding times?"
+            ));
+        };
+        match points.last() {
+            Some((last, _)) if *last > tick => {
+                return Err(format!("the answer's samples are out of order at {tick}"));
+            }
+            // The first one counts: a time that is seen again tells nothing new.
+            Some((last, _)) if *last == tick => {}
+            _ => points.push((tick, value)),
+        }
+    }
+    Ok(Series::new(&range.metric, points))
+}
+
+/// What the HTTP API answers, of every kind.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Reply {
+    status: Outcome,
+    data: Option<Data>,
+    error_type: Option<String>,
+    error: Option<String>,
+    #[serde(default)]
+    warnings: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Outcome {
+    Success,
+    Error,
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "resultType", content = "result", rename_all = "lowercase")]
+enum Data {
+    Matrix(Vec<Range>),
+    Vector(IgnoredAny),
+    Scalar(IgnoredAny),
+    String(IgnoredAny),
+}
+
+#[derive(Deserialize)]
+struct Range {
+    metric: BTreeMap<String, String>,
+    #[serde(default)]
+    values: Vec<(f64, Value)>,
+    histograms: Option<IgnoredAny>,
+}
+
+/// A value, which Prometheus writes as a string, since JSON has no NaN and no infinity.
+struct Value(f64);
+
+impl<'de> Deserialize<'de> for Value {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+        text.parse()
+            .map(Self)
+            .map_err(|_| serde::de::Error::custom(format!("{:?} is no number", excerpt(&text))))
     }
 }

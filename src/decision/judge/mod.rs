@@ -10,7 +10,7 @@ mod threshold;
 
 use crate::api::{self, Evidence, KpiStatus, Verdict};
 
-pub use query::queries;
+pub use query::{excerpt, queries, quote};
 pub use ratio::{HETEROGENEITY, alarm_at, effective_tolerance};
 pub use samples::{Answer, Samples, Series};
 

@@ -26,6 +26,26 @@ pub fn queries(kpi: &Kpi, arms: &Arms) -> Vec<String> {
     }
 }
 
+/// A query as messages show it: on one line, and cut where it is too long for a status.
+pub fn quote(query: &str) -> String {
+    let line = query.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(600) {
+        Some((end, _)) => format!("`{}…`", &line[..end]),
+        None => format!("`{line}`"),
+    }
+}
+
+/// A foreign text as messages show it: on one line, without control characters, 300 characters at most.
+pub fn excerpt(text: &str) -> String {
+    text.split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ")
+        .chars()
+        .filter(|c| !c.is_control())
+        .take(300)
+        .collect()
+}
+
 /// Label matchers for the pods of the arms.
 fn matchers(namespace: &str, arms: &[&Arm]) -> String {
     let deployments: Vec<String> = arms.iter().map(|arm| literal(&arm.deployment)).collect();

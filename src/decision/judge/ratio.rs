@@ -7,9 +7,9 @@
 
 use std::f64::consts::PI;
 
-use crate::api::{Counts, Evidence, Verdict};
+use crate::api::{Carry, Counts, Evidence, Verdict};
 
-use super::{AnswerHealth, Arm, Arms, Finding, Grid, Kpi, Series, queries};
+use super::{AnswerHealth, Arm, Arms, Finding, Grid, Kpi, Series, queries, quote};
 
 /// Alternatives of the mixture, as multiples of the tolerated ratio; equal prior weights.
 const ALTERNATIVES: [f64; 7] = [1.25, 1.6, 2.0, 3.0, 5.0, 10.0, 30.0];
@@ -94,6 +94,7 @@ impl Ratio<'_> {
             }
             evidence.last_tick = tick;
             if read.faults[index] || !read.fresh[CANARY][index] || !read.fresh[BASELINE][index] {
+                evidence.carry = None;
                 continue;
             }
             evidence.fresh_ticks += 1;
@@ -108,8 +109,16 @@ impl Ratio<'_> {
 
     /// Takes the counts of one tick into the log weights.
     fn weigh(&self, evidence: &mut Evidence, canary: Counts, baseline: Counts, r0: f64) {
-        let (c, b) = (canary, baseline);
-        if c.total > 0.0 && b.total > 0.0 && c.events + b.events > 0.0 {
+        let (mut c, mut b) = (canary, baseline);
+        if let Some(carry) = evidence.carry.take() {
+            add(&mut c, carry.canary);
+            add(&mut b, carry.baseline);
+        }
+        if c.total <= 0.0 || b.total <= 0.0 {
+            // One tick is carried and no more: what is compared must be of one time, or drift no longer cancels.
+            let any = canary.total > 0.0 || baseline.total > 0.0;
+            evidence.carry = any.then_some(Carry { canary, baseline });
+        } else if c.events + b.events > 0.0 {
             let share = |ratio: f64| ratio * c.total / (ratio * c.total + b.total);
             let other = |ratio: f64| b.total / (ratio * c.total + b.total);
             for (weight, alternative) in evidence.log_weights.iter_mut().zip(ALTERNATIVES) {
@@ -326,7 +335,7 @@ impl Read {
         let last = grid.len() - 1;
         // The error ratio has these three queries whenever it has a baseline, as here.
         let queries = queries(ratio.kpi, ratio.arms);
-        let query = |index: usize| queries.get(index).map(String::as_str).unwrap_or_default();
+        let query = |index: usize| queries.get(index).map(|query| quote(query)).unwrap_or_default();
         let which = |lacks: [bool; 2]| match lacks {
             [true, true] => Some("neither the canary's nor the baseline's pods"),
             [true, false] => Some("the baseline's pods, but not the canary's"),
@@ -335,7 +344,7 @@ impl Read {
         };
         if let Some(fault) = self.fault {
             return AnswerHealth::Malformed(format!(
-                "{fault}; the queries are {:?} and {:?}",
+                "{fault}; the queries are {} and {}",
                 query(0),
                 query(1)
             ));
@@ -343,14 +352,14 @@ impl Read {
         if let Some(which) = which(self.present.map(|present| !present[last])) {
             return AnswerHealth::NoData(format!(
                 "Prometheus answers, but holds samples of {which}: check the metric's name, and that the pods are scraped with the \
-                 labels namespace and pod, in {:?}",
+                 labels namespace and pod, in {}",
                 query(1)
             ));
         }
         if let Some(which) = which(self.fresh.map(|fresh| !fresh[last])) {
             return AnswerHealth::Blind(format!(
                 "Prometheus holds recent samples of {which}: none is younger than {} s; the pods must be scraped at least every \
-                 {} s, or analysis.interval be longer, for {:?}",
+                 {} s, or analysis.interval be longer, for {}",
                 2 * grid.step,
                 2 * grid.step,
                 query(1)
@@ -358,7 +367,7 @@ impl Read {
         }
         if self.no_errors && evidence.canary.events + evidence.baseline.events == 0.0 {
             return AnswerHealth::Remark(format!(
-                "no error has been counted, which is right unless the query is wrong: {:?} gives no series",
+                "no error has been counted, which is right unless the query is wrong: {} gives no series",
                 query(0)
             ));
         }

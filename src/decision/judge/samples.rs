@@ -48,7 +48,7 @@ impl Series {
     }
 
     /// The order in which series are summed, so that sums do not depend on the order of an answer.
-    pub(super) fn key(&self) -> (&str, &str, &str) {
+    pub fn key(&self) -> (&str, &str, &str) {
         (&self.pod, &self.instance, &self.labels)
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::api::{Evidence, Verdict};
 
-use super::{AnswerHealth, Arms, Bound, Finding, Grid, Kpi, Series, queries};
+use super::{AnswerHealth, Arms, Bound, Finding, Grid, Kpi, Series, queries, quote};
 
 /// Folds the values of the ticks after `grid.from`. A tick without a value, with several, or with one that is not finite tells
 /// nothing: it neither breaks a run of breaches nor lengthens it.
@@ -45,20 +45,20 @@ pub(super) fn fold(
         }
     }
 
-    let query = || queries(kpi, arms).pop().unwrap_or_default();
+    let query = || quote(&queries(kpi, arms).pop().unwrap_or_default());
     let health = match ticks.last() {
         Some(Reading::Several) => AnswerHealth::Malformed(format!(
-            "the query gives several series, and a threshold needs one: aggregate them, for example with max(...), in {:?}",
+            "the query gives several series, and a threshold needs one: aggregate them, for example with max(...), in {}",
             query()
         )),
         Some(Reading::Value(value)) if !value.is_finite() => AnswerHealth::Blind(format!(
-            "the value is {value}, which is no measurement (often a division by zero requests) and is passed over, in {:?}",
+            "the value is {value}, which is no measurement (often a division by zero requests) and is passed over, in {}",
             query()
         )),
         Some(Reading::Value(_)) => AnswerHealth::Good,
         Some(Reading::Nothing) | None => AnswerHealth::NoData(format!(
             "Prometheus answers, but the query gives no value: check the metric's name, and that the pods are scraped with the \
-             labels namespace and pod, in {:?}",
+             labels namespace and pod, in {}",
             query()
         )),
     };
