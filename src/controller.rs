@@ -69,7 +69,10 @@ impl Context {
         Ok(Self {
             client,
             // Pods are asked by address; a proxy or a redirect would lead elsewhere.
-            http: reqwest::Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none()).build()?,
+            http: reqwest::Client::builder()
+                .no_proxy()
+                .redirect(reqwest::redirect::Policy::none())
+                .build()?,
             defaults,
             metrics,
             evidence: Mutex::default(),
@@ -80,13 +83,13 @@ impl Context {
 }
 
 /// Runs the controller until `stop`; reconciliations under way are finished.
-pub async fn run(context: Arc<Context>, namespace: Option<&str>, stop: CancellationToken) {
+pub async fn run(context: Arc<Context>, namespace: Option<String>, stop: CancellationToken) {
     let client = context.client.clone();
     let config = watcher::Config::default();
     let ours = watcher::Config::default().labels(&format!("{}={}", MANAGED_BY.0, MANAGED_BY.1));
-    Controller::new(scoped::<OptimizationRollout>(&client, namespace), config)
-        .watches(scoped::<Deployment>(&client, namespace), ours.clone(), rollout_of)
-        .watches(scoped::<Pod>(&client, namespace), ours, rollout_of)
+    Controller::new(scoped::<OptimizationRollout>(&client, namespace.as_deref()), config)
+        .watches(scoped::<Deployment>(&client, namespace.as_deref()), ours.clone(), rollout_of)
+        .watches(scoped::<Pod>(&client, namespace.as_deref()), ours, rollout_of)
         .with_config(Config::default().concurrency(CONCURRENCY))
         .graceful_shutdown_on(stop.cancelled_owned())
         .run(reconcile, retry, context)
@@ -119,7 +122,11 @@ fn rollout_of<K: kube::Resource<DynamicType = ()>>(
     Some(ObjectRef::new(name).within(&child.namespace()?))
 }
 
-fn retry(object: Arc<PartialObjectMeta<OptimizationRollout>>, error: &Error, context: Arc<Context>) -> Action {
+fn retry(
+    object: Arc<PartialObjectMeta<OptimizationRollout>>,
+    error: &Error,
+    context: Arc<Context>,
+) -> Action {
     context.metrics.failure(error.kind());
     if error.is_conflict() {
         return Action::requeue(Duration::from_millis(100));
@@ -128,24 +135,36 @@ fn retry(object: Arc<PartialObjectMeta<OptimizationRollout>>, error: &Error, con
     Action::requeue(RETRY)
 }
 
-async fn reconcile(meta: Arc<PartialObjectMeta<OptimizationRollout>>, context: Arc<Context>) -> Result<Action, Error> {
+async fn reconcile(
+    meta: Arc<PartialObjectMeta<OptimizationRollout>>,
+    context: Arc<Context>,
+) -> Result<Action, Error> {
     let timer = context.metrics.reconciliation();
-    let api = Api::<OptimizationRollout>::namespaced(context.client.clone(), &meta.namespace().unwrap_or_default());
+    let api =
+        Api::<OptimizationRollout>::namespaced(context.client.clone(), &meta.namespace().unwrap_or_default());
     // The watch may lag behind our own writes; a decision on an old status would undo the last one.
     let Some(object) = effects::timed("get", api.get_opt(&meta.name_any())).await? else {
         context.forget(&meta.uid().unwrap_or_default());
         return Ok(Action::await_change());
     };
-    if object.metadata.deletion_timestamp.is_none() && !object.finalizers().iter().any(|f| f == report::FINALIZER) {
+    if object.metadata.deletion_timestamp.is_none()
+        && !object.finalizers().iter().any(|f| f == report::FINALIZER)
+    {
         report::finalizer(&context.client, &object, true).await?;
         return Ok(Action::requeue(Duration::ZERO));
     }
     let resolved = resolve::resolve(&object, &context.defaults);
-    let asks = resolved.as_ref().ok().filter(|_| asks_pods(object.status.as_ref())).map(|rollout| rollout.admin_port);
+    let asks = resolved
+        .as_ref()
+        .ok()
+        .filter(|_| asks_pods(object.status.as_ref()))
+        .map(|rollout| rollout.admin_port);
     let mut world = observe::observe(&context.client, &context.http, &object, asks).await?;
     let now = clock::now();
     let plan = match &resolved {
-        Err(refusal) => machine::refuse(&world.snapshot, object.metadata.generation.unwrap_or_default(), refusal, now),
+        Err(refusal) => {
+            machine::refuse(&world.snapshot, object.metadata.generation.unwrap_or_default(), refusal, now)
+        }
         Ok(rollout) => {
             let judged = context.judge(rollout, &mut world.snapshot.status, now).await;
             let plan = machine::step(rollout, &world.snapshot, judged, now);
@@ -153,7 +172,9 @@ async fn reconcile(meta: Arc<PartialObjectMeta<OptimizationRollout>>, context: A
             let foreign = observe::foreign(&context.client, &rollout.namespace, &created).await?;
             let plan = match foreign.is_empty() {
                 true => plan,
-                false => machine::refuse(&world.snapshot, rollout.generation, &machine::conflict(&foreign), now),
+                false => {
+                    machine::refuse(&world.snapshot, rollout.generation, &machine::conflict(&foreign), now)
+                }
             };
             apply::apply(&context.client, rollout, &world, &plan, now).await?;
             plan
@@ -170,7 +191,13 @@ async fn reconcile(meta: Arc<PartialObjectMeta<OptimizationRollout>>, context: A
             context.forget(&object.uid().unwrap_or_default());
         }
     } else {
-        context.report(&object, &plan, resolved.as_ref().map_or(1, |rollout| rollout.analysis.interval.as_secs())).await?;
+        context
+            .report(
+                &object,
+                &plan,
+                resolved.as_ref().map_or(1, |rollout| rollout.analysis.interval.as_secs()),
+            )
+            .await?;
     }
     drop(timer);
     let wait = plan.wake.duration_since(clock::now());
@@ -180,14 +207,25 @@ async fn reconcile(meta: Arc<PartialObjectMeta<OptimizationRollout>>, context: A
 /// Whether the configuration in force is worth asking the pods for: only while pods are being brought to one.
 fn asks_pods(status: Option<&RolloutStatus>) -> bool {
     use crate::api::Step::{Deploying, Promoting, Restoring};
-    status.and_then(|status| status.stage.as_ref()).is_some_and(|stage| matches!(stage.step, Deploying | Promoting | Restoring))
+    status
+        .and_then(|status| status.stage.as_ref())
+        .is_some_and(|stage| matches!(stage.step, Deploying | Promoting | Restoring))
 }
 
 impl Context {
     /// Asks Prometheus for the ticks since the last ones judged, and judges. Puts the evidence gathered since the checkpoint
     /// into `status` first.
-    async fn judge(&self, rollout: &Rollout, status: &mut RolloutStatus, now: k8s_openapi::jiff::Timestamp) -> Vec<KpiStatus> {
-        let key = status.stage.as_ref().map(|s| format!("{}/{}/{:?}", s.name, s.attempt, s.exposed_at)).unwrap_or_default();
+    async fn judge(
+        &self,
+        rollout: &Rollout,
+        status: &mut RolloutStatus,
+        now: k8s_openapi::jiff::Timestamp,
+    ) -> Vec<KpiStatus> {
+        let key = status
+            .stage
+            .as_ref()
+            .map(|s| format!("{}/{}/{:?}", s.name, s.attempt, s.exposed_at))
+            .unwrap_or_default();
         if let Some((known, kpis)) = lock(&self.evidence).get(&rollout.uid)
             && *known == key
         {
@@ -204,7 +242,13 @@ impl Context {
             }
             Err(why) => {
                 let health = judge::AnswerHealth::Down(why);
-                inquiry.kpis.iter().map(|(kpi, evidence)| judge::judge(kpi, &inquiry.arms, evidence, &health, inquiry.alarm_at)).collect()
+                inquiry
+                    .kpis
+                    .iter()
+                    .map(|(kpi, evidence)| {
+                        judge::judge(kpi, &inquiry.arms, evidence, &health, inquiry.alarm_at)
+                    })
+                    .collect()
             }
         };
         for kpi in &judged {
@@ -220,7 +264,8 @@ impl Context {
         if let Some(client) = clients.get(&key) {
             return Ok(client.clone());
         }
-        let client = Prometheus::new(&rollout.prometheus_url, rollout.prometheus_timeout.std()).map_err(|error| error.to_string())?;
+        let client = Prometheus::new(&rollout.prometheus_url, rollout.prometheus_timeout.std())
+            .map_err(|error| error.to_string())?;
         if clients.len() >= CLIENTS {
             clients.clear();
         }
@@ -265,7 +310,12 @@ impl Context {
 }
 
 /// Folds the ticks since the last one into the evidence of one KPI, and judges it.
-async fn judge_one(prometheus: &Prometheus, inquiry: &Inquiry, kpi: &judge::Kpi, mut evidence: crate::api::Evidence) -> KpiStatus {
+async fn judge_one(
+    prometheus: &Prometheus,
+    inquiry: &Inquiry,
+    kpi: &judge::Kpi,
+    mut evidence: crate::api::Evidence,
+) -> KpiStatus {
     let mut health = judge::AnswerHealth::Good;
     let queries = judge::queries(kpi, &inquiry.arms);
     let from = evidence.last_tick;

@@ -105,7 +105,7 @@ async fn start(run: Run) -> anyhow::Result<()> {
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     }
-    let work = controller::run(context, run.namespace.as_deref(), stop.clone());
+    let work = controller::run(context, run.namespace, stop.clone());
     let work = tokio::spawn(async move { work.await });
     health.ready.store(true, Ordering::Relaxed);
     tracing::info!("running");

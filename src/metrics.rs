@@ -46,10 +46,18 @@ impl Default for Metrics {
             duration: Histogram::new([0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]),
             registry: Registry::default(),
         };
-        registry.register("reconcile_failures", "Reconciliations that failed, by kind of error", metrics.failures.clone());
+        registry.register(
+            "reconcile_failures",
+            "Reconciliations that failed, by kind of error",
+            metrics.failures.clone(),
+        );
         registry.register("judgements", "Judgements of KPIs, by verdict", metrics.judgements.clone());
         registry.register("decisions", "Decisions, by kind", metrics.decisions.clone());
-        registry.register("reconcile_duration_seconds", "How long reconciliations took", metrics.duration.clone());
+        registry.register(
+            "reconcile_duration_seconds",
+            "How long reconciliations took",
+            metrics.duration.clone(),
+        );
         Self { registry, ..metrics }
     }
 }

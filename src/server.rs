@@ -5,7 +5,10 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use axum::{Router, extract::State, http::StatusCode, http::header::CONTENT_TYPE, response::IntoResponse, routing::get};
+use axum::{
+    Router, extract::State, http::StatusCode, http::header::CONTENT_TYPE, response::IntoResponse,
+    routing::get,
+};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -31,7 +34,12 @@ pub async fn serve(listener: TcpListener, health: Health, stop: CancellationToke
     let app = Router::new()
         .route("/livez", get(|| async { "ok" }))
         .route("/readyz", get(ready))
-        .route("/metrics", get(|State(health): State<Health>| async move { ([(CONTENT_TYPE, OPENMETRICS)], health.metrics.text()) }))
+        .route(
+            "/metrics",
+            get(|State(health): State<Health>| async move {
+                ([(CONTENT_TYPE, OPENMETRICS)], health.metrics.text())
+            }),
+        )
         .with_state(health);
     axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await
 }
@@ -39,6 +47,9 @@ pub async fn serve(listener: TcpListener, health: Health, stop: CancellationToke
 async fn ready(State(health): State<Health>) -> impl IntoResponse {
     match health.ready.load(Ordering::Relaxed) {
         true => (StatusCode::OK, "ok"),
-        false => (StatusCode::SERVICE_UNAVAILABLE, "the custom resource cannot be listed yet; is the CRD installed?"),
+        false => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the custom resource cannot be listed yet; is the CRD installed?",
+        ),
     }
 }

@@ -16,8 +16,8 @@ use super::{
     snapshot::{Observed, Snapshot, Verb},
 };
 use crate::api::{
-    Approval, Blame, Comparison, Decision, DeletionPolicy, KpiStatus, Mode, OptimizationState, OptimizationStatus, Phase,
-    Promotion, RolloutStatus, StageStatus, Step, Verdict, What,
+    Approval, Blame, Comparison, Decision, DeletionPolicy, KpiStatus, Mode, OptimizationState,
+    OptimizationStatus, Phase, Promotion, RolloutStatus, StageStatus, Step, Verdict, What,
 };
 
 /// How long a shared alarm waits for an owned one before everything is rolled back.
@@ -77,9 +77,10 @@ pub fn inquiry(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Opt
     let arm = |variant: Variant, pods| Arm { deployment: variant.object_name(&rollout.name), pods };
     let (canary, baseline) = match (stage.step, &planned(rollout, stage)?.place) {
         (Step::Promoting, _) => (arm(Variant::Stable, rollout.replicas), None),
-        (_, Place::Staging(staging)) => {
-            (arm(Variant::StagingCanary, staging.replicas), Some(arm(Variant::StagingBaseline, staging.replicas)))
-        }
+        (_, Place::Staging(staging)) => (
+            arm(Variant::StagingCanary, staging.replicas),
+            Some(arm(Variant::StagingBaseline, staging.replicas)),
+        ),
         (_, Place::Weight(weight)) => {
             let replicas = Replicas::at(rollout.replicas, *weight, rollout.comparison);
             let baseline = match rollout.comparison {
@@ -95,8 +96,13 @@ pub fn inquiry(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Opt
         .kpis(&on)
         .filter(|kpi| stage.step != Step::Promoting || matches!(kpi.test, Test::Threshold { .. }))
         .map(|kpi| {
-            let known = status.kpis.iter().find(|known| known.name == kpi.name).and_then(|known| known.evidence.clone());
-            let evidence = known.unwrap_or_else(|| crate::api::Evidence { last_tick: from, ..Default::default() });
+            let known = status
+                .kpis
+                .iter()
+                .find(|known| known.name == kpi.name)
+                .and_then(|known| known.evidence.clone());
+            let evidence =
+                known.unwrap_or_else(|| crate::api::Evidence { last_tick: from, ..Default::default() });
             (kpi.clone(), evidence)
         })
         .collect();
@@ -128,7 +134,9 @@ fn planned<'a>(rollout: &'a Rollout, stage: &StageStatus) -> Option<&'a Stage> {
         .stages
         .iter()
         .find(|planned| planned.name == stage.name)
-        .or_else(|| usize::try_from(stage.index).ok().and_then(|index| rollout.stages.get(index.saturating_sub(1))))
+        .or_else(|| {
+            usize::try_from(stage.index).ok().and_then(|index| rollout.stages.get(index.saturating_sub(1)))
+        })
         .or_else(|| rollout.stages.first())
 }
 
@@ -139,7 +147,8 @@ pub fn names(status: &RolloutStatus, state: OptimizationState) -> BTreeSet<Strin
 
 /// Takes one step. `judged` is the judges' answer to [`inquiry`], or empty where nothing was asked.
 pub fn step(rollout: &Rollout, snapshot: &Snapshot, judged: Vec<KpiStatus>, now: Timestamp) -> Plan {
-    let mut machine = Machine { rollout, snapshot, now, status: snapshot.status.clone(), answered: vec![], stall: None };
+    let mut machine =
+        Machine { rollout, snapshot, now, status: snapshot.status.clone(), answered: vec![], stall: None };
     if !judged.is_empty() {
         machine.status.kpis = judged;
     }
@@ -157,7 +166,8 @@ pub fn step(rollout: &Rollout, snapshot: &Snapshot, judged: Vec<KpiStatus>, now:
 pub fn refuse(snapshot: &Snapshot, generation: i64, refusal: &Refusal, now: Timestamp) -> Plan {
     let mut status = snapshot.status.clone();
     status.observed_generation = generation;
-    let known = report::stalled(&status).is_some_and(|(reason, message)| reason == refusal.reason && message == refusal.message);
+    let known = report::stalled(&status)
+        .is_some_and(|(reason, message)| reason == refusal.reason && message == refusal.message);
     if !known {
         decide(&mut status, now, What::Stalled, format!("{}: {}", refusal.reason, refusal.message));
     }
@@ -165,7 +175,14 @@ pub fn refuse(snapshot: &Snapshot, generation: i64, refusal: &Refusal, now: Time
     let wake = now + IDLE;
     status.next_decision_at = Some(Time(wake));
     report::refused(&mut status, refusal, now);
-    Plan { status, targets: vec![], remove: vec![], answered: vec![], release: snapshot.deleting_since.is_some(), wake }
+    Plan {
+        status,
+        targets: vec![],
+        remove: vec![],
+        answered: vec![],
+        release: snapshot.deleting_since.is_some(),
+        wake,
+    }
 }
 
 /// Refusal because objects that bear names of ours belong to somebody else.
@@ -222,8 +239,12 @@ impl Machine<'_> {
 
     /// Brings the list of optimizations in line with the specification.
     fn sync(&mut self) {
-        let (promoted, rolled_back) =
-            self.snapshot.variants.get(&Variant::Stable).map(|stable| stable.verdicts.clone()).unwrap_or_default();
+        let (promoted, rolled_back) = self
+            .snapshot
+            .variants
+            .get(&Variant::Stable)
+            .map(|stable| stable.verdicts.clone())
+            .unwrap_or_default();
         let known = std::mem::take(&mut self.status.optimizations);
         for optimization in &self.rollout.optimizations {
             let (name, config_hash) = (optimization.name.clone(), optimization.config_hash.clone());
@@ -282,7 +303,8 @@ impl Machine<'_> {
             Some(OptimizationState::RolledBack) => {}
             None => {
                 let all: Vec<_> = self.status.optimizations.iter().map(|o| o.name.as_str()).collect();
-                let why = format!("rollback={name}: no optimization of this name; there are {}", all.join(", "));
+                let why =
+                    format!("rollback={name}: no optimization of this name; there are {}", all.join(", "));
                 self.decide(What::VerbRefused, why);
             }
         }
@@ -295,7 +317,10 @@ impl Machine<'_> {
         };
         let failing = self.failing();
         let refusal = match &mut self.status.stage {
-            Some(stage) if stage.name == name && matches!(stage.step, Step::Observing | Step::AwaitingApproval | Step::WarmingUp) => {
+            Some(stage)
+                if stage.name == name
+                    && matches!(stage.step, Step::Observing | Step::AwaitingApproval | Step::WarmingUp) =>
+            {
                 if stage.promoted == Some(wanted) {
                     return;
                 }
@@ -303,12 +328,18 @@ impl Machine<'_> {
                     format!("{} fails; a failing KPI is never skipped", failing[0].name)
                 } else {
                     stage.promoted = Some(wanted);
-                    let what = if wanted == Promotion::Forced { "skipped the rest of the bake of" } else { "approved" };
+                    let what = if wanted == Promotion::Forced {
+                        "skipped the rest of the bake of"
+                    } else {
+                        "approved"
+                    };
                     self.decide(What::PromotedByUser, format!("the user {what} stage {name}"));
                     return;
                 }
             }
-            Some(stage) if stage.name == name => "the stage's pods are not exposed yet, or it is already past its end".to_owned(),
+            Some(stage) if stage.name == name => {
+                "the stage's pods are not exposed yet, or it is already past its end".to_owned()
+            }
             _ => running_now(&self.stage_name()),
         };
         self.decide(What::VerbRefused, format!("promote={value} is refused: {refusal}"));
@@ -419,8 +450,8 @@ impl Machine<'_> {
         let wanted = self.wanted();
         let arm = |variants: [Variant; 2]| wanted.iter().find(|wanted| variants.contains(&wanted.variant));
         let canary = arm([Variant::Canary, Variant::StagingCanary]);
-        let baseline =
-            arm([Variant::Baseline, Variant::StagingBaseline]).or_else(|| wanted.iter().find(|w| w.variant == Variant::Stable));
+        let baseline = arm([Variant::Baseline, Variant::StagingBaseline])
+            .or_else(|| wanted.iter().find(|w| w.variant == Variant::Stable));
         let (Some(canary), Some(baseline)) = (canary, baseline) else { return };
         let subject = subject(self.rollout, canary, baseline);
         let Some(stage) = &mut self.status.stage else { return };
@@ -463,11 +494,16 @@ impl Machine<'_> {
         let failing = self.failing();
         if !failing.is_empty() {
             let active = self.active();
-            let owners = failing.iter().filter_map(|kpi| kpi.owner.clone()).filter(|owner| active.contains(owner)).collect();
+            let owners = failing
+                .iter()
+                .filter_map(|kpi| kpi.owner.clone())
+                .filter(|owner| active.contains(owner))
+                .collect();
             let why: Vec<_> = failing.iter().map(|kpi| format!("{}: {}", kpi.name, kpi.message)).collect();
             return self.harm(&failing[0].name, &owners, &why.join("; "), false);
         }
-        let forced = self.status.stage.as_ref().is_some_and(|stage| stage.promoted == Some(Promotion::Forced));
+        let forced =
+            self.status.stage.as_ref().is_some_and(|stage| stage.promoted == Some(Promotion::Forced));
         if self.unproven(planned) && (!forced || self.blind()) {
             return;
         }
@@ -491,7 +527,8 @@ impl Machine<'_> {
 
     fn pass(&mut self, planned: &Stage, index: usize) {
         let attempt = self.status.stage.as_ref().map_or(1, |stage| stage.attempt);
-        let proof: Vec<_> = self.status.kpis.iter().map(|kpi| format!("{}: {}", kpi.name, kpi.message)).collect();
+        let proof: Vec<_> =
+            self.status.kpis.iter().map(|kpi| format!("{}: {}", kpi.name, kpi.message)).collect();
         let observed = self.status.stage.as_ref().map(|stage| stage.observed).unwrap_or_default();
         self.decide(
             What::StagePassed,
@@ -536,7 +573,8 @@ impl Machine<'_> {
         if ready && stage.exposed_at.is_none() {
             stage.exposed_at = Some(Time(self.now));
         }
-        let watched = stage.exposed_at.as_ref().is_some_and(|since| self.now.duration_since(since.0) >= warm_up);
+        let watched =
+            stage.exposed_at.as_ref().is_some_and(|since| self.now.duration_since(since.0) >= warm_up);
         if !(ready && watched && self.arms_gone()) {
             return;
         }
@@ -545,7 +583,11 @@ impl Machine<'_> {
             self.set(name, OptimizationState::Promoted, "passed every stage");
         }
         let rolled_back = names(&self.status, OptimizationState::RolledBack);
-        let without = if rolled_back.is_empty() { String::new() } else { format!("; rolled back: {}", list(&rolled_back)) };
+        let without = if rolled_back.is_empty() {
+            String::new()
+        } else {
+            format!("; rolled back: {}", list(&rolled_back))
+        };
         self.decide(What::Completed, format!("{} on all pods{without}", list(&active)));
         self.status.stage = None;
         self.status.kpis.clear();
@@ -556,7 +598,13 @@ impl Machine<'_> {
         if !(self.stable_exposed() && self.arms_gone()) {
             return;
         }
-        let why = match self.status.optimizations.iter().filter(|o| o.state == OptimizationState::RolledBack).count() {
+        let why = match self
+            .status
+            .optimizations
+            .iter()
+            .filter(|o| o.state == OptimizationState::RolledBack)
+            .count()
+        {
             0 => "no optimization is left to roll out".to_owned(),
             _ => format!("rolled back: {}", list(&names(&self.status, OptimizationState::RolledBack))),
         };
@@ -573,19 +621,27 @@ impl Machine<'_> {
     }
 
     fn arms_gone(&self) -> bool {
-        self.snapshot.variants.iter().all(|(variant, seen)| *variant == Variant::Stable || seen.replicas == 0 && seen.pods.is_empty())
+        self.snapshot
+            .variants
+            .iter()
+            .all(|(variant, seen)| *variant == Variant::Stable || seen.replicas == 0 && seen.pods.is_empty())
     }
 
     /// An alarm: rolls back the owners; without any, waits one window for an owned alarm, then rolls back all.
     fn harm(&mut self, kpi: &str, owners: &BTreeSet<String>, why: &str, at_once: bool) {
         let active = self.active();
         let Some(stage) = &mut self.status.stage else { return };
-        let window_over = stage.blame.as_ref().is_some_and(|blame| self.now.duration_since(blame.since.0) >= BLAME_WINDOW);
+        let window_over =
+            stage.blame.as_ref().is_some_and(|blame| self.now.duration_since(blame.since.0) >= BLAME_WINDOW);
         let observe_only = self.rollout.analysis.mode == Mode::Observe;
         if !observe_only && !owners.is_empty() {
             self.roll_back(owners, why);
         } else if !observe_only && (at_once || window_over || active.len() == 1) {
-            let all = if active.len() > 1 { "; no KPI names one optimization, so all are switched off" } else { "" };
+            let all = if active.len() > 1 {
+                "; no KPI names one optimization, so all are switched off"
+            } else {
+                ""
+            };
             self.roll_back(&active, &format!("{why}{all}"));
         } else if stage.blame.is_none() {
             stage.blame = Some(Blame { kpi: kpi.to_owned(), since: Time(self.now) });
@@ -593,7 +649,9 @@ impl Machine<'_> {
                 true => "analysis.mode is Observe: promotion stops, nothing is rolled back".to_owned(),
                 false => {
                     let window = BLAME_WINDOW.as_secs();
-                    format!("promotion is frozen, and an alarm that names one optimization is awaited for {window} s")
+                    format!(
+                        "promotion is frozen, and an alarm that names one optimization is awaited for {window} s"
+                    )
                 }
             };
             self.decide(What::AlarmRaised, format!("{why}; {next}"));
@@ -619,7 +677,8 @@ impl Machine<'_> {
             let known = self.status.kpis.iter().find(|known| known.name == kpi.name);
             known.is_some_and(|known| {
                 let requests = known.evidence.as_ref().map_or(0.0, |evidence| evidence.canary.total);
-                let enough = matches!(kpi.test, Test::Threshold { .. }) || requests >= planned.min_requests as f64;
+                let enough =
+                    matches!(kpi.test, Test::Threshold { .. }) || requests >= planned.min_requests as f64;
                 known.verdict == Verdict::Pass && enough
             })
         };
@@ -629,7 +688,11 @@ impl Machine<'_> {
     /// Whether a required KPI cannot be seen at all. Not even the user's word promotes then.
     fn blind(&self) -> bool {
         self.status.kpis.is_empty()
-            || self.status.kpis.iter().any(|kpi| matches!(kpi.verdict, Verdict::TelemetryDown | Verdict::NoData))
+            || self
+                .status
+                .kpis
+                .iter()
+                .any(|kpi| matches!(kpi.verdict, Verdict::TelemetryDown | Verdict::NoData))
     }
 
     /// What Kubernetes itself tells against the candidate, and not as much against what it is compared with.
@@ -645,18 +708,30 @@ impl Machine<'_> {
         };
         let nothing = Observed::default();
         let seen = self.snapshot.variants.get(&candidate)?;
-        let reference = reference.and_then(|variant| self.snapshot.variants.get(&variant)).unwrap_or(&nothing);
-        let killed = |seen: &Observed| seen.pods.iter().filter(|pod| pod.oom_killed && !pod.terminating).count();
+        let reference =
+            reference.and_then(|variant| self.snapshot.variants.get(&variant)).unwrap_or(&nothing);
+        let killed =
+            |seen: &Observed| seen.pods.iter().filter(|pod| pod.oom_killed && !pod.terminating).count();
         // The worst pod of each arm, so that arms of different size compare.
-        let restarts = |seen: &Observed| seen.pods.iter().filter(|pod| !pod.terminating).map(|pod| pod.restarts).max().unwrap_or_default();
+        let restarts = |seen: &Observed| {
+            seen.pods.iter().filter(|pod| !pod.terminating).map(|pod| pod.restarts).max().unwrap_or_default()
+        };
         let stuck = |seen: &Observed| {
             seen.pods
                 .iter()
-                .find(|pod| !pod.terminating && pod.not_ready_since.is_some_and(|since| self.now.duration_since(since) > NOT_READY_LIMIT))
+                .find(|pod| {
+                    !pod.terminating
+                        && pod
+                            .not_ready_since
+                            .is_some_and(|since| self.now.duration_since(since) > NOT_READY_LIMIT)
+                })
                 .map(|pod| pod.name.clone())
         };
         if killed(seen) > killed(reference) {
-            return Some(format!("kubernetes: a pod of {} was killed for want of memory, none of the baseline was", candidate.label()));
+            return Some(format!(
+                "kubernetes: a pod of {} was killed for want of memory, none of the baseline was",
+                candidate.label()
+            ));
         }
         if restarts(seen) >= restarts(reference) + 2 {
             return Some(format!(
@@ -690,7 +765,9 @@ impl Machine<'_> {
                     Variant::StagingLoad | Variant::StagingExperts => seen.serving() >= 1,
                     _ => seen.exposed(&target),
                 };
-                (!there).then(|| format!("{} has {} of {} pods", wanted.variant.label(), seen.serving(), target.replicas))
+                (!there).then(|| {
+                    format!("{} has {} of {} pods", wanted.variant.label(), seen.serving(), target.replicas)
+                })
             })
             .collect();
         missing.join(", ")
@@ -722,7 +799,11 @@ impl Machine<'_> {
             (Step::Promoting, _) => vec![stable(n, &with_active)],
             (Step::Restoring, _) | (_, None) => vec![stable(n, &promoted)],
             (_, Some(Place::Staging(staging))) => {
-                let arm = |variant, replicas, on, attempt| Wanted { staging: Some(staging), attempt, ..make(variant, replicas, on) };
+                let arm = |variant, replicas, on, attempt| Wanted {
+                    staging: Some(staging),
+                    attempt,
+                    ..make(variant, replicas, on)
+                };
                 let mut wanted = vec![stable(n, &promoted)];
                 if Rollout::mock_experts(staging) {
                     wanted.push(arm(Variant::StagingExperts, 1, &promoted, 1));
@@ -734,7 +815,8 @@ impl Machine<'_> {
             }
             (_, Some(Place::Weight(weight))) => {
                 let replicas = Replicas::at(n, *weight, self.rollout.comparison);
-                let arm = |variant, replicas, on| Wanted { attempt: stage.attempt, ..make(variant, replicas, on) };
+                let arm =
+                    |variant, replicas, on| Wanted { attempt: stage.attempt, ..make(variant, replicas, on) };
                 let mut wanted = vec![arm(Variant::Canary, replicas.canary, &with_active)];
                 if replicas.baseline > 0 {
                     wanted.push(arm(Variant::Baseline, replicas.baseline, &promoted));
@@ -760,7 +842,14 @@ impl Machine<'_> {
                 if promoting && variant == Variant::Canary {
                     on.extend(self.active());
                 }
-                wanted.push(Wanted { variant, replicas: 0, on, staging: None, attempt, annotations: BTreeMap::new() });
+                wanted.push(Wanted {
+                    variant,
+                    replicas: 0,
+                    on,
+                    staging: None,
+                    attempt,
+                    annotations: BTreeMap::new(),
+                });
             }
         }
         let serving: i32 = Variant::PRODUCTION.iter().map(|variant| seen(*variant).serving()).sum();
@@ -793,7 +882,11 @@ impl Machine<'_> {
         let put_back = self.rollout.deletion_policy == DeletionPolicy::Orphan && stable.is_some() && !waited;
         let (targets, remove) = if put_back {
             for name in self.active() {
-                self.set(&name, OptimizationState::RolledBack, "the rollout was deleted before it had passed");
+                self.set(
+                    &name,
+                    OptimizationState::RolledBack,
+                    "the rollout was deleted before it had passed",
+                );
             }
             self.status.stage = None;
             let (wanted, remove) = self.sequenced();
@@ -805,7 +898,14 @@ impl Machine<'_> {
         };
         let release = rest.iter().all(|variant| remove.contains(variant));
         // The status is not written any more; what it said stays for whoever reads the object's last version.
-        Plan { status: self.snapshot.status.clone(), targets, remove, answered: vec![], release, wake: self.now + POLL }
+        Plan {
+            status: self.snapshot.status.clone(),
+            targets,
+            remove,
+            answered: vec![],
+            release,
+            wake: self.now + POLL,
+        }
     }
 
     fn plan(mut self) -> Plan {
@@ -831,7 +931,11 @@ impl Machine<'_> {
 
     fn phase(&self) -> Phase {
         let Some(stage) = &self.status.stage else {
-            return if names(&self.status, OptimizationState::Promoted).is_empty() { Phase::RolledBack } else { Phase::Completed };
+            return if names(&self.status, OptimizationState::Promoted).is_empty() {
+                Phase::RolledBack
+            } else {
+                Phase::Completed
+            };
         };
         match stage {
             _ if self.stall.is_some() => Phase::Stalled,
@@ -854,15 +958,23 @@ impl Machine<'_> {
             Step::Observing if self.blind() && !self.status.kpis.is_empty() => {
                 "held: a KPI cannot be read, and nothing is promoted or rolled back meanwhile".to_owned()
             }
-            Step::Observing if stage.observed >= bake && self.rollout.paused => "its bake is over; the rollout is paused".to_owned(),
-            Step::Observing if stage.observed >= bake => match planned.is_some_and(|planned| self.unproven(planned)) {
-                true => "its bake is over; more evidence is needed before it can pass".to_owned(),
-                false => "its bake is over".to_owned(),
-            },
+            Step::Observing if stage.observed >= bake && self.rollout.paused => {
+                "its bake is over; the rollout is paused".to_owned()
+            }
+            Step::Observing if stage.observed >= bake => {
+                match planned.is_some_and(|planned| self.unproven(planned)) {
+                    true => "its bake is over; more evidence is needed before it can pass".to_owned(),
+                    false => "its bake is over".to_owned(),
+                }
+            }
             Step::Observing => format!("it is observed for {bake}"),
-            Step::AwaitingApproval => format!("it has passed and waits for synthex.io/promote={}", stage.name),
+            Step::AwaitingApproval => {
+                format!("it has passed and waits for synthex.io/promote={}", stage.name)
+            }
             Step::Promoting => "it has passed, and the stable Deployment takes the optimizations".to_owned(),
-            Step::Restoring => "no optimization is left, and the stable Deployment returns to full capacity".to_owned(),
+            Step::Restoring => {
+                "no optimization is left, and the stable Deployment returns to full capacity".to_owned()
+            }
         };
         match &stage.blame {
             Some(blame) => format!("stage {}: {} alarms and promotion is frozen", stage.name, blame.kpi),
@@ -876,7 +988,8 @@ impl Machine<'_> {
         };
         let step = interval(self.rollout);
         // When the next tick has settled.
-        let wait = step - (self.now.as_second() - judge::settled(self.now.as_second(), step)).rem_euclid(step);
+        let wait =
+            step - (self.now.as_second() - judge::settled(self.now.as_second(), step)).rem_euclid(step);
         let next_tick = self.now + SignedDuration::from_secs(wait);
         match stage.step {
             Step::Deploying | Step::Promoting | Step::Restoring => self.now + POLL,

@@ -308,7 +308,8 @@ fn container(rollout: &Rollout, wanted: &Wanted<'_>) -> Value {
             container["readinessProbe"] = probe("/livez", "http", 2);
         }
         Variant::StagingLoad => {
-            let target = |arm: Variant| format!("http://{}:{}", arm.object_name(&rollout.name), rollout.serving_port);
+            let target =
+                |arm: Variant| format!("http://{}:{}", arm.object_name(&rollout.name), rollout.serving_port);
             container["name"] = json!("load");
             container["command"] = json!(["/usr/local/bin/synthex-load"]);
             container["args"] = json!([
@@ -333,7 +334,8 @@ fn container(rollout: &Rollout, wanted: &Wanted<'_>) -> Value {
             container["readinessProbe"] = probe("/readyz", "admin", 1);
             container["livenessProbe"] = probe("/livez", "admin", 10);
             // The directory, never a subPath, which would not follow the ConfigMap.
-            container["volumeMounts"] = json!([{ "name": "config", "mountPath": "/etc/synthex", "readOnly": true }]);
+            container["volumeMounts"] =
+                json!([{ "name": "config", "mountPath": "/etc/synthex", "readOnly": true }]);
             if !rollout.resources.is_null() {
                 container["resources"] = rollout.resources.clone();
             }

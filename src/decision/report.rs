@@ -19,7 +19,10 @@ const CHECKPOINT_TICKS: i64 = 20;
 
 /// Reason and message of the `Stalled` condition, while it is True.
 pub fn stalled(status: &RolloutStatus) -> Option<(&str, &str)> {
-    let condition = status.conditions.iter().find(|condition| condition.type_ == "Stalled" && condition.status == "True")?;
+    let condition = status
+        .conditions
+        .iter()
+        .find(|condition| condition.type_ == "Stalled" && condition.status == "True")?;
     Some((&condition.reason, &condition.message))
 }
 
@@ -53,11 +56,23 @@ pub fn refused(status: &mut RolloutStatus, refusal: &Refusal, now: Timestamp) {
     set(status, "Reconciling", false, "Stalled", &refusal.message, now);
     set(status, "Stalled", true, refusal.reason, &refusal.message, now);
     let conflict = refusal.reason == "Conflict";
-    set(status, "Conflict", conflict, if conflict { "Conflict" } else { "AsExpected" }, if conflict { &refusal.message } else { "" }, now);
+    set(
+        status,
+        "Conflict",
+        conflict,
+        if conflict { "Conflict" } else { "AsExpected" },
+        if conflict { &refusal.message } else { "" },
+        now,
+    );
 }
 
 fn of_verdict(status: &RolloutStatus, verdicts: &[Verdict]) -> String {
-    let names: Vec<_> = status.kpis.iter().filter(|kpi| verdicts.contains(&kpi.verdict)).map(|kpi| kpi.name.as_str()).collect();
+    let names: Vec<_> = status
+        .kpis
+        .iter()
+        .filter(|kpi| verdicts.contains(&kpi.verdict))
+        .map(|kpi| kpi.name.as_str())
+        .collect();
     names.join(", ")
 }
 
@@ -88,11 +103,16 @@ pub fn weight(status: &mut RolloutStatus, rollout: &Rollout, snapshot: &Snapshot
     let serving = |variant: &Variant| snapshot.variants.get(variant).map_or(0, |seen| seen.serving());
     let all: i32 = Variant::PRODUCTION.iter().map(serving).sum();
     let share = |pods: i32| if all == 0 { 0.0 } else { 100.0 * f64::from(pods) / f64::from(all) };
-    let planned = status.stage.as_ref().and_then(|stage| rollout.stages.iter().find(|planned| planned.name == stage.name));
+    let planned = status
+        .stage
+        .as_ref()
+        .and_then(|stage| rollout.stages.iter().find(|planned| planned.name == stage.name));
     let (desired, effective) = match (&status.stage, planned.map(|planned| &planned.place)) {
         (None, _) if status.phase == Phase::Completed => (100, share(all)),
         (Some(stage), _) if stage.step == Step::Promoting => (100, share(serving(&Variant::Canary))),
-        (Some(stage), Some(Place::Weight(weight))) if stage.step != Step::Restoring => (*weight, share(serving(&Variant::Canary))),
+        (Some(stage), Some(Place::Weight(weight))) if stage.step != Step::Restoring => {
+            (*weight, share(serving(&Variant::Canary)))
+        }
         _ => (0, 0.0),
     };
     status.weight.desired = desired;
@@ -110,8 +130,12 @@ pub fn summary(status: &mut RolloutStatus) {
         .min_by_key(|kpi| (severity(kpi.verdict), Reverse(nearness(kpi))))
         .map(|kpi| format!("{} {:?}", kpi.name, kpi.verdict))
         .unwrap_or_default();
-    let rolled_back: Vec<_> =
-        status.optimizations.iter().filter(|o| o.state == OptimizationState::RolledBack).map(|o| o.name.as_str()).collect();
+    let rolled_back: Vec<_> = status
+        .optimizations
+        .iter()
+        .filter(|o| o.state == OptimizationState::RolledBack)
+        .map(|o| o.name.as_str())
+        .collect();
     status.summary.rolled_back = rolled_back.join(",");
 }
 

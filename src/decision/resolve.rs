@@ -13,7 +13,8 @@ use super::{
     replicas,
 };
 use crate::api::{
-    Analysis, Approval, Comparison, DeletionPolicy, Duration, ErrorRatio, Object, OptimizationRollout, Staging,
+    Analysis, Approval, Comparison, DeletionPolicy, Duration, ErrorRatio, Object, OptimizationRollout,
+    Staging,
 };
 
 /// A specification that has been found sound, with the operator's defaults filled in.
@@ -126,7 +127,9 @@ impl Rollout {
 
     /// Shared KPIs and those owned by the optimizations in `on`.
     pub fn kpis<'a>(&'a self, on: &'a BTreeSet<String>) -> impl Iterator<Item = &'a Kpi> {
-        self.shared.iter().chain(self.optimizations.iter().filter(|o| on.contains(&o.name)).flat_map(|o| &o.kpis))
+        self.shared
+            .iter()
+            .chain(self.optimizations.iter().filter(|o| on.contains(&o.name)).flat_map(|o| &o.kpis))
     }
 
     /// Number of KPIs over which alpha is spent: all of them, whichever are on, so that it is fixed at the start.
@@ -155,7 +158,8 @@ impl Rollout {
     pub fn staging_overlay(&self, staging: &Staging) -> Value {
         let mut overlay = Value::Object(staging.config.clone());
         if Self::mock_experts(staging) {
-            let experts: Vec<Value> = self.base.get("experts").and_then(Value::as_array).into_iter().flatten().cloned().collect();
+            let experts: Vec<Value> =
+                self.base.get("experts").and_then(Value::as_array).into_iter().flatten().cloned().collect();
             overlay["experts"] = experts
                 .into_iter()
                 .map(|mut expert| {
@@ -280,7 +284,10 @@ fn stage(api: &crate::api::Stage) -> Result<Stage, Refusal> {
         _ => {
             return Err(Refusal {
                 reason: "InvalidStage",
-                message: format!("spec.stages[{}]: give either weight or staging, not both and not neither", api.name),
+                message: format!(
+                    "spec.stages[{}]: give either weight or staging, not both and not neither",
+                    api.name
+                ),
             });
         }
     };
@@ -296,11 +303,17 @@ fn stage(api: &crate::api::Stage) -> Result<Stage, Refusal> {
 fn unique_kpis(rollout: &Rollout) -> Result<(), Refusal> {
     let mut seen = BTreeMap::new();
     for kpi in rollout.shared.iter().chain(rollout.optimizations.iter().flat_map(|o| &o.kpis)) {
-        let place = kpi.owner.as_ref().map_or("spec.kpis".to_owned(), |owner| format!("spec.optimizations[{owner}].kpis"));
+        let place = kpi
+            .owner
+            .as_ref()
+            .map_or("spec.kpis".to_owned(), |owner| format!("spec.optimizations[{owner}].kpis"));
         if let Some(other) = seen.insert(&kpi.name, place.clone()) {
             return Err(Refusal {
                 reason: "DuplicateKpi",
-                message: format!("the KPI {:?} stands in {other} and in {place}; give each KPI a name of its own", kpi.name),
+                message: format!(
+                    "the KPI {:?} stands in {other} and in {place}; give each KPI a name of its own",
+                    kpi.name
+                ),
             });
         }
     }
@@ -313,7 +326,9 @@ fn no_nulls(patch: &Value, place: &str) -> Result<(), Refusal> {
         None => Ok(()),
         Some((path, _)) => Err(Refusal {
             reason: "InvalidPatch",
-            message: format!("{place}.{path} is null; a patch may set fields but not delete them: give the value that is wanted"),
+            message: format!(
+                "{place}.{path} is null; a patch may set fields but not delete them: give the value that is wanted"
+            ),
         }),
     }
 }
@@ -325,7 +340,9 @@ fn no_overlap(optimizations: &[Optimization]) -> Result<(), Refusal> {
         for (path, _) in leaves(&optimization.patch) {
             let clash = owners.iter().find(|(other, owner)| {
                 **owner != optimization.name
-                    && (**other == path || other.starts_with(&format!("{path}.")) || path.starts_with(&format!("{other}.")))
+                    && (**other == path
+                        || other.starts_with(&format!("{path}."))
+                        || path.starts_with(&format!("{other}.")))
             });
             if let Some((other, owner)) = clash {
                 return Err(Refusal {
@@ -386,9 +403,12 @@ fn runnable_configs(rollout: &Rollout) -> Result<Config, Refusal> {
         Place::Staging(staging) => Some((stage, rollout.staging_overlay(staging))),
         Place::Weight(_) => None,
     });
-    let places: Vec<_> = std::iter::once((String::from("spec.workload.runtime.config"), None))
-        .chain(overlays.map(|(stage, overlay)| (format!("spec.stages[{}].staging.config", stage.name), Some(overlay))))
-        .collect();
+    let places: Vec<_> =
+        std::iter::once((String::from("spec.workload.runtime.config"), None))
+            .chain(overlays.map(|(stage, overlay)| {
+                (format!("spec.stages[{}].staging.config", stage.name), Some(overlay))
+            }))
+            .collect();
     let parse = |place: &str, on: &BTreeSet<String>, overlay: Option<&Value>| {
         Config::parse(rollout.config_file(on, overlay).as_bytes()).map_err(|error| {
             let on = match on.len() {

@@ -97,7 +97,10 @@ impl Observed {
         self.replicas == target.replicas
             && count(self.pods.iter()) == target.replicas
             && self.pods.iter().all(|pod| {
-                pod.ready && !pod.terminating && pod.template == target.template && hash.is_none_or(|hash| pod.config.as_ref() == Some(hash))
+                pod.ready
+                    && !pod.terminating
+                    && pod.template == target.template
+                    && hash.is_none_or(|hash| pod.config.as_ref() == Some(hash))
             })
     }
 }

@@ -26,18 +26,30 @@ pub const FIELD_MANAGER: &str = "synthex-operator";
 
 /// The objects that a plan would create, by kind and name.
 pub fn creates(world: &World, plan: &Plan) -> Vec<(String, String)> {
-    plan.targets.iter().flat_map(|target| &target.objects).map(key).filter(|key| !world.objects.contains_key(key)).collect()
+    plan.targets
+        .iter()
+        .flat_map(|target| &target.objects)
+        .map(key)
+        .filter(|key| !world.objects.contains_key(key))
+        .collect()
 }
 
 /// Applies a plan: configurations first, since a switch that does harm must be off at once, then pods, then removals.
-pub async fn apply(client: &Client, rollout: &Rollout, world: &World, plan: &Plan, now: Timestamp) -> Result<(), Error> {
+pub async fn apply(
+    client: &Client,
+    rollout: &Rollout,
+    world: &World,
+    plan: &Plan,
+    now: Timestamp,
+) -> Result<(), Error> {
     let namespace = &rollout.namespace;
     for target in &plan.targets {
         let mut rewritten = false;
         for body in of_kind(target, "ConfigMap") {
             rewritten |= apply_one(client, namespace, world, body).await?;
         }
-        if let (Some((_, hash)), Some(seen)) = (&target.config, world.snapshot.variants.get(&target.variant)) {
+        if let (Some((_, hash)), Some(seen)) = (&target.config, world.snapshot.variants.get(&target.variant))
+        {
             touch(client, namespace, seen, hash, rewritten, now).await?;
         }
     }
@@ -103,7 +115,9 @@ fn covers(seen: &Value, body: &Value, top: bool) -> bool {
                 || seen.get(name).is_some_and(|seen| covers(seen, wanted, false))
                 || is_empty(wanted)
         }),
-        (Value::Array(seen), Value::Array(body)) => seen.len() == body.len() && seen.iter().zip(body).all(|(s, b)| covers(s, b, false)),
+        (Value::Array(seen), Value::Array(body)) => {
+            seen.len() == body.len() && seen.iter().zip(body).all(|(s, b)| covers(s, b, false))
+        }
         (seen, body) => seen == body,
     }
 }
@@ -121,13 +135,24 @@ fn is_empty(value: &Value) -> bool {
 
 /// Touches the pods that do not have the configuration in force yet, so that the kubelet remounts it at once (0.2 s instead of
 /// up to a minute).
-async fn touch(client: &Client, namespace: &str, seen: &Observed, hash: &str, rewritten: bool, now: Timestamp) -> Result<(), Error> {
+async fn touch(
+    client: &Client,
+    namespace: &str,
+    seen: &Observed,
+    hash: &str,
+    rewritten: bool,
+    now: Timestamp,
+) -> Result<(), Error> {
     let api = Api::<Pod>::namespaced(client.clone(), namespace);
-    let behind = seen.pods.iter().filter(|pod| !pod.terminating && (rewritten || pod.config.as_ref().is_some_and(|config| config != hash)));
+    let behind = seen.pods.iter().filter(|pod| {
+        !pod.terminating && (rewritten || pod.config.as_ref().is_some_and(|config| config != hash))
+    });
     // A value that was there before would be no change, and so no event for the kubelet.
     let body = json!({ "metadata": { "annotations": { TOUCHED_ANNOTATION: format!("{hash}-{}", now.as_millisecond()) } } });
     for pod in behind {
-        let patched = timed("patch", api.patch_metadata(&pod.name, &PatchParams::default(), &Patch::Merge(&body))).await;
+        let patched =
+            timed("patch", api.patch_metadata(&pod.name, &PatchParams::default(), &Patch::Merge(&body)))
+                .await;
         gone_is_fine(patched.map(drop))?;
     }
     Ok(())
@@ -135,7 +160,8 @@ async fn touch(client: &Client, namespace: &str, seen: &Observed, hash: &str, re
 
 async fn remove(client: &Client, namespace: &str, world: &World, name: &str) -> Result<(), Error> {
     let there = |kind: &str| world.objects.contains_key(&(kind.to_owned(), name.to_owned()));
-    let how = DeleteParams { propagation_policy: Some(PropagationPolicy::Background), ..DeleteParams::default() };
+    let how =
+        DeleteParams { propagation_policy: Some(PropagationPolicy::Background), ..DeleteParams::default() };
     if there("Deployment") {
         let api = Api::<Deployment>::namespaced(client.clone(), namespace);
         gone_is_fine(timed("delete", api.delete(name, &how)).await.map(drop))?;
@@ -153,7 +179,9 @@ async fn remove(client: &Client, namespace: &str, world: &World, name: &str) -> 
 
 fn gone_is_fine(result: Result<(), Error>) -> Result<(), Error> {
     match result {
-        Err(Error::Kubernetes { source, .. }) if matches!(&*source, kube::Error::Api(status) if status.is_not_found()) => Ok(()),
+        Err(Error::Kubernetes { source, .. }) if matches!(&*source, kube::Error::Api(status) if status.is_not_found()) => {
+            Ok(())
+        }
         other => other,
     }
 }

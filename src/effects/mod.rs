@@ -45,7 +45,10 @@ impl Error {
     }
 }
 
-pub(crate) async fn timed<T>(verb: &'static str, call: impl Future<Output = kube::Result<T>>) -> Result<T, Error> {
+pub(crate) async fn timed<T>(
+    verb: &'static str,
+    call: impl Future<Output = kube::Result<T>>,
+) -> Result<T, Error> {
     tokio::time::timeout(CALL_TIMEOUT, call)
         .await
         .map_err(|_| Error::Timeout(verb))?

@@ -21,7 +21,10 @@ use super::{Error, timed};
 use crate::{
     api::OptimizationRollout,
     decision::{
-        render::{MANAGED_BY, PROMOTED_ANNOTATION, ROLLED_BACK_ANNOTATION, ROLLOUT_LABEL, TEMPLATE_ANNOTATION, VARIANT_LABEL, Variant},
+        render::{
+            MANAGED_BY, PROMOTED_ANNOTATION, ROLLED_BACK_ANNOTATION, ROLLOUT_LABEL, TEMPLATE_ANNOTATION,
+            VARIANT_LABEL, Variant,
+        },
         snapshot::{self, Observed, Snapshot, Verb},
     },
 };
@@ -59,7 +62,8 @@ pub async fn observe(
     )?;
     let mut world = World::default();
     world.snapshot.status = object.status.clone().unwrap_or_default();
-    world.snapshot.verbs = object.annotations().iter().filter_map(|(key, value)| Verb::parse(key, value)).collect();
+    world.snapshot.verbs =
+        object.annotations().iter().filter_map(|(key, value)| Verb::parse(key, value)).collect();
     world.snapshot.deleting_since = object.metadata.deletion_timestamp.as_ref().map(|time| time.0);
     for deployment in &deployments {
         let Some(variant) = variant(deployment) else { continue };
@@ -94,7 +98,11 @@ pub async fn observe(
 }
 
 /// The objects among `wanted` (kind, name) that exist but are not this rollout's.
-pub async fn foreign(client: &Client, namespace: &str, wanted: &[(String, String)]) -> Result<Vec<String>, Error> {
+pub async fn foreign(
+    client: &Client,
+    namespace: &str,
+    wanted: &[(String, String)],
+) -> Result<Vec<String>, Error> {
     let mut found = vec![];
     for (kind, name) in wanted {
         let exists = match kind.as_str() {
@@ -111,7 +119,10 @@ pub async fn foreign(client: &Client, namespace: &str, wanted: &[(String, String
 
 async fn exists<K>(client: &Client, namespace: &str, name: &str) -> Result<bool, Error>
 where
-    K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned,
+    K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
+        + Clone
+        + std::fmt::Debug
+        + DeserializeOwned,
 {
     let api = Api::<PartialObjectMeta<K>>::namespaced(client.clone(), namespace);
     Ok(timed("get", api.get_opt(name)).await?.is_some())
@@ -119,13 +130,19 @@ where
 
 async fn list<K>(client: &Client, namespace: &str, selector: &str) -> Result<Vec<K>, Error>
 where
-    K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned,
+    K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
+        + Clone
+        + std::fmt::Debug
+        + DeserializeOwned,
 {
     let api = Api::<K>::namespaced(client.clone(), namespace);
     Ok(timed("list", api.list(&ListParams::default().labels(selector))).await?.items)
 }
 
-fn keep<K: Resource<DynamicType = ()> + Serialize>(objects: &mut BTreeMap<(String, String), Value>, found: Vec<K>) {
+fn keep<K: Resource<DynamicType = ()> + Serialize>(
+    objects: &mut BTreeMap<(String, String), Value>,
+    found: Vec<K>,
+) {
     for object in found {
         let key = (K::kind(&()).into_owned(), object.name_any());
         // A typed object that cannot be written as JSON does not exist; were there one, it would only be applied again.
@@ -151,19 +168,21 @@ fn seen(pod: &Pod, config: Option<String>) -> snapshot::Pod {
     let containers = status.container_statuses.unwrap_or_default();
     // On a node that is gone the Ready condition falls, but nobody is left to write the container's: that is no signal.
     let unwell = containers.iter().any(|container| !container.ready && container.started.is_some());
-    let since = ready.filter(|condition| condition.status == "False" && unwell).and_then(|condition| condition.last_transition_time.clone());
+    let since = ready
+        .filter(|condition| condition.status == "False" && unwell)
+        .and_then(|condition| condition.last_transition_time.clone());
     let oom = |container: &k8s_openapi::api::core::v1::ContainerStatus| {
-        [&container.state, &container.last_state]
-            .into_iter()
-            .flatten()
-            .any(|state| state.terminated.as_ref().is_some_and(|ended| ended.reason.as_deref() == Some("OOMKilled")))
+        [&container.state, &container.last_state].into_iter().flatten().any(|state| {
+            state.terminated.as_ref().is_some_and(|ended| ended.reason.as_deref() == Some("OOMKilled"))
+        })
     };
     snapshot::Pod {
         name: pod.name_any(),
         ready: is_ready,
         not_ready_since: since.map(|time| time.0),
         // A pod that is being evicted is on its way out by nobody's fault.
-        terminating: pod.metadata.deletion_timestamp.is_some() || condition("DisruptionTarget").is_some_and(|c| c.status == "True"),
+        terminating: pod.metadata.deletion_timestamp.is_some()
+            || condition("DisruptionTarget").is_some_and(|c| c.status == "True"),
         template: pod.annotations().get(TEMPLATE_ANNOTATION).cloned().unwrap_or_default(),
         config,
         restarts: containers.iter().map(|container| container.restart_count).sum(),

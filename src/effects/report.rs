@@ -22,7 +22,11 @@ pub const FINALIZER: &str = "synthex.io/rollout";
 const NOTE: usize = 1024;
 
 /// Replaces the status, if nobody has changed the object since it was read.
-pub async fn write_status(client: &Client, object: &OptimizationRollout, status: RolloutStatus) -> Result<(), Error> {
+pub async fn write_status(
+    client: &Client,
+    object: &OptimizationRollout,
+    status: RolloutStatus,
+) -> Result<(), Error> {
     let api = Api::<OptimizationRollout>::namespaced(client.clone(), &object.namespace().unwrap_or_default());
     let mut next = object.clone();
     next.status = Some(status);
@@ -31,16 +35,30 @@ pub async fn write_status(client: &Client, object: &OptimizationRollout, status:
 }
 
 /// Makes an event of a decision. The event is named by the decision's id, so that none appears twice.
-pub async fn announce(client: &Client, object: &OptimizationRollout, decision: &Decision) -> Result<(), Error> {
+pub async fn announce(
+    client: &Client,
+    object: &OptimizationRollout,
+    decision: &Decision,
+) -> Result<(), Error> {
     let namespace = object.namespace().unwrap_or_default();
     let uid = object.uid().unwrap_or_default();
     let warning = matches!(
         decision.what,
-        What::AlarmRaised | What::OptimizationRolledBack | What::Aborted | What::VerbRefused | What::RolledBack | What::Stalled
+        What::AlarmRaised
+            | What::OptimizationRolledBack
+            | What::Aborted
+            | What::VerbRefused
+            | What::RolledBack
+            | What::Stalled
     );
     let event = Event {
         metadata: ObjectMeta {
-            name: Some(format!("{}.{}.{}", object.name_any(), uid.split('-').next().unwrap_or_default(), decision.id)),
+            name: Some(format!(
+                "{}.{}.{}",
+                object.name_any(),
+                uid.split('-').next().unwrap_or_default(),
+                decision.id
+            )),
             namespace: Some(namespace.clone()),
             ..ObjectMeta::default()
         },
@@ -51,15 +69,14 @@ pub async fn announce(client: &Client, object: &OptimizationRollout, decision: &
         event_time: Some(MicroTime(decision.time.0)),
         reporting_controller: Some("synthex.io/operator".to_owned()),
         reporting_instance: Some(FIELD_MANAGER.to_owned()),
-        regarding: Some(ObjectReference {
-            resource_version: None,
-            ..object.object_ref(&())
-        }),
+        regarding: Some(ObjectReference { resource_version: None, ..object.object_ref(&()) }),
         ..Event::default()
     };
     let api = Api::<Event>::namespaced(client.clone(), &namespace);
     match timed("event", api.create(&PostParams::default(), &event)).await {
-        Err(Error::Kubernetes { source, .. }) if matches!(&*source, kube::Error::Api(status) if status.is_already_exists()) => Ok(()),
+        Err(Error::Kubernetes { source, .. }) if matches!(&*source, kube::Error::Api(status) if status.is_already_exists()) => {
+            Ok(())
+        }
         other => other.map(drop),
     }
 }
@@ -69,7 +86,8 @@ pub async fn answer(client: &Client, object: &OptimizationRollout, verbs: &[Verb
     if verbs.is_empty() {
         return Ok(());
     }
-    let gone: Map<String, Value> = verbs.iter().map(|verb| (verb.annotation().to_owned(), Value::Null)).collect();
+    let gone: Map<String, Value> =
+        verbs.iter().map(|verb| (verb.annotation().to_owned(), Value::Null)).collect();
     patch(client, object, json!({ "metadata": { "annotations": gone } })).await
 }
 
@@ -81,12 +99,18 @@ pub async fn finalizer(client: &Client, object: &OptimizationRollout, wanted: bo
         finalizers.push(FINALIZER.to_owned());
     }
     // The version guards against a finalizer that somebody else has put or taken meanwhile.
-    patch(client, object, json!({ "metadata": { "resourceVersion": object.resource_version(), "finalizers": finalizers } })).await
+    patch(
+        client,
+        object,
+        json!({ "metadata": { "resourceVersion": object.resource_version(), "finalizers": finalizers } }),
+    )
+    .await
 }
 
 async fn patch(client: &Client, object: &OptimizationRollout, body: Value) -> Result<(), Error> {
     let api = Api::<OptimizationRollout>::namespaced(client.clone(), &object.namespace().unwrap_or_default());
-    timed("patch", api.patch_metadata(&object.name_any(), &PatchParams::default(), &Patch::Merge(&body))).await?;
+    timed("patch", api.patch_metadata(&object.name_any(), &PatchParams::default(), &Patch::Merge(&body)))
+        .await?;
     Ok(())
 }
 
