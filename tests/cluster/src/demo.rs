@@ -1,11 +1,14 @@
 //! `cargo cluster demo`: the whole story on a node of its own. It changes only that cluster.
 
-use anyhow::Result;
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
 
 use crate::cluster::Cluster;
 use crate::images;
 use crate::lifecycle::{down, up};
-use crate::paths::{Profile, package};
+use crate::paths::{Profile, workspace};
 use crate::progress::step;
 
 /// Brings the node up with the product's images, installs the operator, and tells the story. With `keep` the cluster stays up.
@@ -44,16 +47,22 @@ pub fn install(cluster: &Cluster) -> Result<()> {
                 "restart",
                 "deployment/synthex-operator",
             ])?;
-            cluster.rolled_out("synthex-system", "synthex-operator", std::time::Duration::from_secs(60))?;
+            cluster.rolled_out("synthex-system", "synthex-operator", Duration::from_secs(60))?;
         }
         Ok(())
     })
 }
 
-/// What is shown once the operator runs: experts and users of the demo, then the rollout.
+/// What is shown once the operator runs: experts and traffic first, then the rollout.
 fn story(cluster: &Cluster) -> Result<()> {
     step("start experts and traffic", || {
-        cluster.apply(&std::fs::read_to_string(package().join("manifests/demo.yaml"))?)
-    })?;
-    Ok(())
+        cluster.apply(&sample("traffic.yaml")?)?;
+        cluster.rolled_out("shop", "upstream", Duration::from_secs(60))
+    })
+}
+
+/// A file of the product's samples, as users have it.
+fn sample(name: &str) -> Result<String> {
+    let file = workspace().join("manifests/samples").join(name);
+    fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use crate::cluster::Cluster;
 use crate::paths::{self, Profile};
 use crate::pki::Pki;
-use crate::process::{self, Daemon, tail};
+use crate::process::{self, Daemon, Process, tail};
 use crate::progress::{step, wait};
 use crate::state::State;
 use crate::{binaries, control_plane, host, node};
@@ -44,16 +44,17 @@ impl Build {
     }
 }
 
-/// One harness at a time works on this machine; the second waits.
+/// One harness at a time works on this machine; the second waits. The lock is on the directory that holds ours, so that no file
+/// is left behind.
 fn lock() -> Result<File> {
     host::require_root()?;
-    fs::create_dir_all(paths::RUN)?;
-    let file = File::create(Path::new(paths::RUN).join("lock"))?;
-    if file.try_lock().is_err() {
+    let above = Path::new(paths::RUN).parent().unwrap_or(Path::new("/"));
+    let directory = File::open(above)?;
+    if directory.try_lock().is_err() {
         eprintln!("waiting for another run of the harness to finish");
-        file.lock()?;
+        directory.lock()?;
     }
-    Ok(file)
+    Ok(directory)
 }
 
 /// Brings a cluster up, or finds it up. What is half-built or dead is replaced.
@@ -65,7 +66,7 @@ pub fn up(profile: Profile) -> Result<Cluster> {
     let _lock = lock()?;
     let start = Instant::now();
     if let Some(state) = State::load(profile)? {
-        let alive = state.complete && state.processes.iter().all(process::Process::alive);
+        let alive = state.complete && state.processes.iter().all(Process::alive);
         if alive && state.workspace != paths::workspace() {
             bail!(
                 "a {} cluster of the checkout {} is up; `cargo cluster down`, here or there, removes it",
@@ -139,35 +140,38 @@ fn remove(profile: Profile, state: &State) -> Result<()> {
     host::remove_tree(&state.data)?;
     let _ = fs::remove_file(&state.kubeconfig);
     // The record goes last: until here, `down` can be run again.
-    host::remove_tree(&profile.run())
+    host::remove_tree(&profile.run())?;
+    // Not empty while the other profile is up.
+    let _ = fs::remove_dir(paths::RUN);
+    Ok(())
 }
 
-/// Prints what is up, with the memory that each process holds.
+/// What is up, in words, with the memory that each process holds.
 ///
 /// # Errors
 /// The record can't be read.
-pub fn status() -> Result<()> {
+pub fn status() -> Result<String> {
+    let mut text = String::new();
     for profile in Profile::ALL {
         let Some(state) = State::load(profile)? else {
-            println!("{}: down", profile.name());
+            text += &format!("{}: down\n", profile.name());
             continue;
         };
-        let whole = if state.complete { "up" } else { "half-built" };
-        let whole = if state.complete && !state.processes.iter().all(process::Process::alive) {
-            "broken"
-        } else {
-            whole
+        let condition = match (state.complete, state.processes.iter().all(Process::alive)) {
+            (true, true) => "up",
+            (true, false) => "broken",
+            (false, _) => "half-built",
         };
-        println!("{}: {whole}, of {}", profile.name(), state.workspace.display());
-        println!("  KUBECONFIG={}", state.kubeconfig.display());
-        println!("  logs: {}", state.data.join("logs").display());
+        text += &format!("{}: {condition}, of {}\n", profile.name(), state.workspace.display());
+        text += &format!("  KUBECONFIG={}\n", state.kubeconfig.display());
+        text += &format!("  logs: {}\n", state.data.join("logs").display());
         for process in &state.processes {
             let memory = process.memory().filter(|_| process.alive());
             let memory = memory.map_or("dead".into(), |bytes| format!("{:4} MiB", bytes >> 20));
-            println!("  {:24} pid {:7} {memory}", process.name, process.pid);
+            text += &format!("  {:24} pid {:7} {memory}\n", process.name, process.pid);
         }
     }
-    Ok(())
+    Ok(text)
 }
 
 /// Whether something of a profile is up, as far as the record says.

@@ -1,5 +1,6 @@
 //! The command `cargo cluster`. Parses arguments and prints errors; everything else is in the library.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -69,7 +70,8 @@ fn run(action: Action) -> Result<ExitCode> {
             println!("export KUBECONFIG={}", cluster.kubeconfig().display());
         }
         Action::Down => Profile::ALL.into_iter().try_for_each(synthex_cluster::down)?,
-        Action::Status => synthex_cluster::status()?,
+        // A reader that has seen enough, such as `head`, is no error.
+        Action::Status => drop(std::io::stdout().write_all(synthex_cluster::status()?.as_bytes())),
         Action::Install => synthex_cluster::demo::install(&synthex_cluster::up(Profile::Node)?)?,
         Action::Kubectl { args } => return kubectl(&args),
         Action::Test => synthex_cluster::suite::run()?,

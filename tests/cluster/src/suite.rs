@@ -5,6 +5,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::cluster::Cluster;
+use crate::images;
 use crate::lifecycle::{down, is_up, up};
 use crate::paths::{Profile, workspace};
 
@@ -39,16 +40,15 @@ pub fn run() -> Result<()> {
 /// Runs one file of tests on a cluster of ours. One that was up before stays up.
 fn on_own(test: &str, profile: Profile) -> Result<()> {
     let found = is_up(profile)?;
-    let result = up(profile).and_then(|cluster| {
-        if profile == Profile::Node {
-            crate::images::import_probe()?;
-        }
-        tests(test, &cluster)
-    });
+    let result = up(profile).and_then(|cluster| tests(test, &cluster));
     if found { result } else { result.and(down(profile)) }
 }
 
 fn tests(file: &str, cluster: &Cluster) -> Result<()> {
+    // Somebody else's cluster must be given the image in its own way.
+    if cluster.kubeconfig() == Profile::Node.kubeconfig() {
+        images::import_probe()?;
+    }
     let args =
         ["test", "--package", "synthex-cluster", "--test", file, "--", "--ignored", "--test-threads=1"];
     cargo(&args, Some(cluster))
