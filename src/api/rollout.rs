@@ -112,7 +112,7 @@ pub struct Runtime {
     pub replicas: i32,
 
     /// The runtime's configuration, without `optimizations`, which the rollout itself writes.
-    #[schemars(schema_with = "free_form")]
+    #[schemars(schema_with = "base_config")]
     #[x_kube(validation = ("!has(self.optimizations)", "config must not contain optimizations: list them under spec.optimizations"))]
     pub config: Object,
 
@@ -408,6 +408,15 @@ impl Default for Analysis {
 
 fn free_form(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true })
+}
+
+/// Free-form, but for the one field that the rule on it must be able to see.
+fn base_config(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "object",
+        "x-kubernetes-preserve-unknown-fields": true,
+        "properties": { "optimizations": { "type": "object", "x-kubernetes-preserve-unknown-fields": true } }
+    })
 }
 
 fn default_optimizations() -> Vec<Optimization> {
