@@ -3,5 +3,36 @@
 //!
 //! Without the `server` feature this crate is only [`config`]: what a configuration file may say, and its hash.
 //! That part must not touch a socket, a clock or a file, since the operator judges users' configuration with it.
+//!
+//! With it, from the client inwards: [`server`] (sockets) → `api` (HTTP) → `dispatch` (fan-out) → `cache`, `pool` and
+//! `connections` (the optimizations). `state` holds what is in force, `reload` replaces it, `monitoring` watches the
+//! process, `metrics` counts. [`load`] is the other side: mock experts and a load generator.
 
 pub mod config;
+
+#[cfg(feature = "server")]
+mod api;
+#[cfg(feature = "server")]
+mod cache;
+#[cfg(feature = "server")]
+mod connections;
+#[cfg(feature = "server")]
+mod dispatch;
+#[cfg(feature = "server")]
+pub mod load;
+#[cfg(feature = "server")]
+mod metrics;
+#[cfg(feature = "server")]
+mod monitoring;
+#[cfg(feature = "server")]
+mod pool;
+#[cfg(feature = "server")]
+pub mod process;
+#[cfg(feature = "server")]
+mod query;
+#[cfg(feature = "server")]
+mod reload;
+#[cfg(feature = "server")]
+pub mod server;
+#[cfg(feature = "server")]
+mod state;

@@ -1,0 +1,384 @@
+//! `connections.unified`: HTTP/1.1 connections to experts, held in pools with hard bounds.
+//!
+//! Owns every upstream socket; knows nothing of queries, caches or clients. One connection carries one request at a
+//! time, so the connections to a host bound the requests to it. Optimized, one pool serves all experts and a request
+//! that waits too long for a connection fails as busy; the baseline is a pool per expert in which it just waits.
+
+use std::{
+    error::Error as _,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::{
+    Request, Response, StatusCode,
+    body::{Body, Incoming},
+    client::conn::http1::{self, SendRequest},
+    header::CONTENT_LENGTH,
+};
+use hyper_util::rt::TokioIo;
+use prometheus_client::metrics::gauge::Gauge;
+use tokio::{
+    net::TcpStream,
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
+
+use crate::metrics::Service;
+
+/// Largest answer of an expert that is read, in bytes.
+pub(crate) const MAX_ANSWER: usize = 4 << 20;
+/// Largest header of an answer, in bytes.
+const MAX_HEADER: usize = 64 << 10;
+
+/// Bounds of one pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// Connections to one host.
+    pub(crate) per_host: usize,
+    /// Connections to all hosts.
+    pub(crate) total: Option<usize>,
+    /// How long an idle connection is kept.
+    pub(crate) keep_alive: Duration,
+    /// How long a request waits for a free connection; without it, as long as its caller waits.
+    pub(crate) acquire_timeout: Option<Duration>,
+}
+
+/// Where a connection goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Address {
+    /// Name or IP address, without brackets.
+    pub(crate) host: String,
+    pub(crate) port: u16,
+}
+
+/// Why a request got no answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("no connection became free within {0:?}")]
+    Busy(Duration),
+    #[error("cannot connect: {0}")]
+    Connect(String),
+    #[error("the connection broke: {0}")]
+    Broken(String),
+    #[error("the answer is larger than {MAX_ANSWER} bytes")]
+    TooLarge,
+}
+
+/// Connections to a set of hosts, within [`Limits`].
+#[derive(Debug)]
+pub(crate) struct Pool {
+    limits: Limits,
+    total: Option<Arc<Semaphore>>,
+    /// Connections that are idle or in use.
+    open: Arc<AtomicUsize>,
+    retired: AtomicBool,
+    hosts: Vec<Host>,
+}
+
+#[derive(Debug)]
+struct Host {
+    address: Address,
+    slots: Arc<Semaphore>,
+    idle: Mutex<Vec<Idle>>,
+}
+
+/// A connection that waits for its next request; the newest is last.
+#[derive(Debug)]
+struct Idle {
+    sender: SendRequest<Full<Bytes>>,
+    since: Instant,
+    counted: Counted,
+}
+
+/// Counts a connection of the pool for as long as it lives.
+#[derive(Debug)]
+struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Counts a socket in the metrics for as long as it is open.
+struct Open(Gauge);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// The right to one connection, and the connection.
+struct Lease {
+    connection: Idle,
+    reused: bool,
+    _slot: OwnedSemaphorePermit,
+    _total: Option<OwnedSemaphorePermit>,
+}
+
+impl Pool {
+    pub(crate) fn new(limits: Limits, addresses: Vec<Address>) -> Self {
+        let hosts = addresses.into_iter().map(|address| Host {
+            address,
+            slots: Arc::new(Semaphore::new(limits.per_host)),
+            idle: Mutex::default(),
+        });
+        Self {
+            total: limits.total.map(|n| Arc::new(Semaphore::new(n))),
+            open: Arc::default(),
+            retired: AtomicBool::new(false),
+            hosts: hosts.collect(),
+            limits,
+        }
+    }
+
+    /// Waits for the right to a connection, then takes an idle one or opens a new one.
+    async fn acquire(&self, host: usize, fresh: bool, service: &Service) -> Result<Lease, Error> {
+        let host = &self.hosts[host];
+        let slots = async {
+            // The host's slot first: who waits for a full host must not take the total away from the others. Neither
+            // semaphore is ever closed, so acquiring cannot fail; an error would only mean that no permit is held.
+            let slot = host.slots.clone().acquire_owned().await.ok()?;
+            let total = match &self.total {
+                Some(total) => Some(total.clone().acquire_owned().await.ok()?),
+                None => None,
+            };
+            Some((slot, total))
+        };
+        let slots = match self.limits.acquire_timeout {
+            Some(limit) => timeout(limit, slots).await.map_err(|_| Error::Busy(limit))?,
+            None => slots.await,
+        };
+        let (slot, total) = slots.ok_or_else(|| Error::Connect("the pool is closed".to_owned()))?;
+
+        while let Some(mut connection) = (!fresh).then(|| host.pop(self.limits.keep_alive)).flatten() {
+            // Fails when the expert has closed it meanwhile; waits only for the last answer's own end.
+            if connection.sender.ready().await.is_ok() {
+                return Ok(Lease { connection, reused: true, _slot: slot, _total: total });
+            }
+        }
+        self.make_room();
+        let counted = Counted::new(&self.open);
+        let sender = connect(&host.address, service).await.map_err(|e| Error::Connect(e.to_string()))?;
+        let connection = Idle { sender, since: Instant::now(), counted };
+        Ok(Lease { connection, reused: false, _slot: slot, _total: total })
+    }
+
+    /// Closes the idle connection that waited longest when a new one would be above the total.
+    fn make_room(&self) {
+        if self.limits.total.is_none_or(|total| self.open.load(Ordering::Relaxed) < total) {
+            return;
+        }
+        let oldest = |host: &&Host| host.lock().first().map(|idle| idle.since);
+        let host = self.hosts.iter().filter(|host| oldest(host).is_some()).min_by_key(oldest);
+        if let Some(host) = host {
+            let mut idle = host.lock();
+            if !idle.is_empty() {
+                idle.remove(0);
+            }
+        }
+    }
+
+    /// Puts a connection whose answer was read to its end back.
+    fn release(&self, host: usize, lease: Lease) {
+        let Idle { sender, counted, .. } = lease.connection;
+        if self.retired.load(Ordering::Acquire) || sender.is_closed() {
+            return;
+        }
+        self.hosts[host].lock().push(Idle { sender, since: Instant::now(), counted });
+        // Retired just now: nobody would ever look at this connection again.
+        if self.retired.load(Ordering::Acquire) {
+            self.hosts[host].lock().clear();
+        }
+        // Only here are the slots given back, so that who waits for them finds the idle connection.
+    }
+
+    /// Closes what is idle too long.
+    pub(crate) fn sweep(&self) {
+        for host in &self.hosts {
+            host.lock()
+                .retain(|idle| idle.since.elapsed() < self.limits.keep_alive && !idle.sender.is_closed());
+        }
+    }
+
+    /// Closes idle connections now and the others as their requests end. Requests that hold this pool go on.
+    pub(crate) fn retire(&self) {
+        self.retired.store(true, Ordering::Release);
+        for host in &self.hosts {
+            host.lock().clear();
+        }
+    }
+
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    #[cfg(test)]
+    pub(crate) fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+}
+
+impl Host {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Idle>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection that was used last, if it is neither closed nor idle too long.
+    fn pop(&self, keep_alive: Duration) -> Option<Idle> {
+        let mut idle = self.lock();
+        while let Some(connection) = idle.pop() {
+            if connection.since.elapsed() < keep_alive && !connection.sender.is_closed() {
+                return Some(connection);
+            }
+        }
+        None
+    }
+}
+
+/// Opens a connection; its metrics follow the socket's own life.
+async fn connect(
+    address: &Address,
+    service: &Service,
+) -> Result<SendRequest<Full<Bytes>>, Box<dyn std::error::Error + Send + Sync>> {
+    let stream = TcpStream::connect((address.host.as_str(), address.port)).await?;
+    stream.set_nodelay(true)?;
+    let (sender, connection) =
+        http1::Builder::new().max_buf_size(MAX_HEADER).handshake(TokioIo::new(stream)).await?;
+    service.opened.inc();
+    service.open.inc();
+    let open = Open(service.open.clone());
+    tokio::spawn(async move {
+        // An error here is also the error of the request on this connection, which reports it.
+        let _ = connection.await;
+        drop(open);
+    });
+    Ok(sender)
+}
+
+/// A host of a pool.
+#[derive(Debug, Clone)]
+pub(crate) struct Route {
+    pub(crate) pool: Arc<Pool>,
+    host: usize,
+}
+
+/// An answer's head, and what became of its body.
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    /// Empty unless the status is a success.
+    pub(crate) body: Bytes,
+}
+
+impl Route {
+    /// Sends a request and reads the whole answer. Dropping the future closes the connection, since an answer that
+    /// nobody reads to its end blocks it.
+    pub(crate) async fn send(
+        &self,
+        mut request: Request<Full<Bytes>>,
+        service: &Service,
+    ) -> Result<Answer, Error> {
+        let mut fresh = false;
+        loop {
+            let started = Instant::now();
+            let lease = self.pool.acquire(self.host, fresh, service).await;
+            service.acquire.observe(started.elapsed().as_secs_f64());
+            let mut lease = lease?;
+            match lease.connection.sender.try_send_request(request).await {
+                Ok(response) => {
+                    let answer = read(response).await?;
+                    self.pool.release(self.host, lease);
+                    return Ok(answer);
+                }
+                Err(mut error) => match error.take_message() {
+                    // The expert closed an idle connection before anything was sent on it: not the request's fault,
+                    // and safe to send elsewhere, once.
+                    Some(unsent) if lease.reused => (request, fresh) = (unsent, true),
+                    _ => return Err(Error::Broken(cause(error.into_error()))),
+                },
+            }
+        }
+    }
+}
+
+/// The innermost cause, which is the one that helps.
+fn cause(error: hyper::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(inner) = next {
+        text = inner.to_string();
+        next = inner.source();
+    }
+    text
+}
+
+async fn read(response: Response<Incoming>) -> Result<Answer, Error> {
+    let (head, mut body) = response.into_parts();
+    let expected = head.headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
+    if expected.is_some_and(|length| length > MAX_ANSWER) {
+        return Err(Error::TooLarge);
+    }
+    let mut first = Bytes::new();
+    let mut whole = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|e| Error::Broken(cause(e)))?;
+        let Ok(data) = frame.into_data() else { continue };
+        if first.len() + whole.len() + data.len() > MAX_ANSWER {
+            return Err(Error::TooLarge);
+        }
+        // Most answers come in one piece, which needs no copy.
+        if first.is_empty() && whole.is_empty() {
+            first = data;
+        } else {
+            if whole.is_empty() {
+                whole.reserve(expected.unwrap_or(0).clamp(first.len() + data.len(), 256 << 10));
+                whole.extend_from_slice(&first);
+                first = Bytes::new();
+            }
+            whole.extend_from_slice(&data);
+        }
+        if body.is_end_stream() {
+            break;
+        }
+    }
+    let body = if whole.is_empty() { first } else { Bytes::from(whole) };
+    Ok(Answer { status: head.status, body })
+}
+
+/// The pools for a list of experts, and each expert's way into them, in the order of `addresses`: one pool for all,
+/// or one for each.
+pub(crate) fn routes(limits: &Limits, unified: bool, addresses: &[Address]) -> Vec<Route> {
+    if !unified {
+        let own = |address: &Address| Route {
+            pool: Arc::new(Pool::new(limits.clone(), vec![address.clone()])),
+            host: 0,
+        };
+        return addresses.iter().map(own).collect();
+    }
+    let mut hosts: Vec<Address> = Vec::new();
+    let places: Vec<usize> = addresses
+        .iter()
+        .map(|address| {
+            hosts.iter().position(|known| known == address).unwrap_or_else(|| {
+                hosts.push(address.clone());
+                hosts.len() - 1
+            })
+        })
+        .collect();
+    let pool = Arc::new(Pool::new(limits.clone(), hosts));
+    places.into_iter().map(|host| Route { pool: pool.clone(), host }).collect()
+}

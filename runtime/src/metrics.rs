@@ -1,0 +1,357 @@
+//! Every metric of the runtime, under closed label sets, and their text form.
+//!
+//! Touches only counters and, at a scrape, this process's own entries below `/proc`. Names of experts are the only
+//! labels that come from a configuration; they are dropped when the configuration drops the expert.
+
+use std::{sync::OnceLock, time::SystemTime};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric},
+    metrics::{
+        counter::{ConstCounter, Counter},
+        family::Family,
+        gauge::{ConstGauge, Gauge},
+        histogram::Histogram,
+    },
+    registry::Registry,
+};
+
+use crate::config::Config;
+
+/// Media type of [`Metrics::encode`]'s text.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// How one call to one expert ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// A JSON answer came.
+    Ok,
+    /// Neither the expert's time-out nor the query's deadline was kept.
+    Timeout,
+    /// No connection could be made, or it broke.
+    Connect,
+    /// The expert answered with a status outside 200 to 299.
+    Status,
+    /// No connection became free within the acquire time-out.
+    Busy,
+    /// The answer was no JSON document, or larger than the limit.
+    Invalid,
+}
+
+impl Outcome {
+    const ALL: [Self; 6] = [Self::Ok, Self::Timeout, Self::Connect, Self::Status, Self::Busy, Self::Invalid];
+
+    /// The label value.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Timeout => "timeout",
+            Self::Connect => "connect",
+            Self::Status => "status",
+            Self::Busy => "busy",
+            Self::Invalid => "invalid",
+        }
+    }
+}
+
+/// How one query ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Every expert answered.
+    Ok,
+    /// The quorum was met, and some expert failed.
+    Partial,
+    /// The quorum was missed.
+    Error,
+    /// Refused, since too many queries were in flight.
+    Shed,
+    /// The client's fault.
+    Invalid,
+}
+
+impl Verdict {
+    const ALL: [(Self, &'static str); 5] = [
+        (Self::Ok, "ok"),
+        (Self::Partial, "partial"),
+        (Self::Error, "error"),
+        (Self::Shed, "shed"),
+        (Self::Invalid, "invalid"),
+    ];
+}
+
+/// The components that the monitor watches.
+pub(crate) const COMPONENTS: [&str; 4] = ["memory", "cpu", "disk", "network"];
+
+type Labels = Vec<(&'static str, String)>;
+
+fn histogram() -> Histogram {
+    Histogram::new([0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0])
+}
+
+/// Finer at the low end: taking an idle connection costs microseconds.
+fn acquire_histogram() -> Histogram {
+    Histogram::new([
+        0.000_01, 0.000_1, 0.000_5, 0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0,
+    ])
+}
+
+/// The metrics of one expert.
+#[derive(Debug, Clone)]
+pub(crate) struct Service {
+    requests: [Counter; 6],
+    pub(crate) duration: Histogram,
+    pub(crate) acquire: Histogram,
+    pub(crate) opened: Counter,
+    pub(crate) open: Gauge,
+}
+
+impl Service {
+    pub(crate) fn count(&self, outcome: Outcome) {
+        self.requests[outcome as usize].inc();
+    }
+}
+
+/// The metrics of one monitored component.
+#[derive(Debug, Clone)]
+pub(crate) struct Component {
+    pub(crate) points: Counter,
+    pub(crate) probes: Counter,
+}
+
+/// All metrics of a process.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    registry: Registry,
+    queries: [Counter; 5],
+    pub(crate) query_duration: Histogram,
+    pub(crate) inflight: Gauge,
+    requests: Family<Labels, Counter>,
+    duration: Family<Labels, Histogram, fn() -> Histogram>,
+    acquire: Family<Labels, Histogram, fn() -> Histogram>,
+    opened: Family<Labels, Counter>,
+    open: Family<Labels, Gauge>,
+    pub(crate) pool_hit: Counter,
+    pub(crate) pool_miss: Counter,
+    pub(crate) pool_objects: Gauge,
+    pub(crate) pool_held_bytes: Gauge,
+    pub(crate) cache_hit: Counter,
+    pub(crate) cache_miss: Counter,
+    pub(crate) cache_entries: Gauge,
+    pub(crate) cache_bytes: Gauge,
+    pub(crate) components: [Component; 4],
+    pub(crate) monitor_cpu: Counter<f64, std::sync::atomic::AtomicU64>,
+    config_info: Family<Labels, Gauge>,
+    pub(crate) reload_applied: Counter,
+    pub(crate) reload_rejected: Counter,
+}
+
+impl Metrics {
+    /// `allocations` reads the allocator's count of allocations so far, where there is one.
+    pub(crate) fn new(allocations: Option<fn() -> Option<u64>>) -> Self {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Process { allocations }));
+        let own = registry.sub_registry_with_prefix("synthex_runtime");
+
+        let counters = |own: &mut Registry, name: &str, help: &str, label: &'static str, values: &[&str]| {
+            let family = Family::<Labels, Counter>::default();
+            own.register(name, help, family.clone());
+            values
+                .iter()
+                .map(|v| family.get_or_create_owned(&vec![(label, (*v).to_owned())]))
+                .collect::<Vec<_>>()
+        };
+
+        let outcomes = Verdict::ALL.map(|(_, name)| name);
+        let queries = counters(own, "queries", "Queries by how they ended", "outcome", &outcomes);
+        let queries = std::array::from_fn(|i| queries[i].clone());
+        let query_duration = histogram();
+        own.register(
+            "query_duration_seconds",
+            "Time from a query's header to its answer",
+            query_duration.clone(),
+        );
+        let inflight = Gauge::default();
+        own.register("inflight_queries", "Queries being served", inflight.clone());
+
+        let requests = Family::default();
+        own.register("upstream_requests", "Calls to experts by how they ended", requests.clone());
+        let duration = Family::new_with_constructor(histogram as fn() -> Histogram);
+        own.register(
+            "upstream_duration_seconds",
+            "Time of a call to an expert, waiting included",
+            duration.clone(),
+        );
+        let acquire = Family::new_with_constructor(acquire_histogram as fn() -> Histogram);
+        let help = "Time until a call had a connection: waiting, name look-up and connecting";
+        own.register("upstream_acquire_seconds", help, acquire.clone());
+        let opened = Family::default();
+        own.register("upstream_connections_opened", "Connections opened to experts", opened.clone());
+        let open = Family::default();
+        own.register("upstream_connections_open", "Connections to experts that are open", open.clone());
+
+        let pool =
+            counters(own, "pool_acquired", "Buffers taken, from the pool or new", "result", &["hit", "miss"]);
+        let pool_objects = Gauge::default();
+        own.register("pool_objects", "Buffers that wait in the pool", pool_objects.clone());
+        let pool_held_bytes = Gauge::default();
+        own.register("pool_held_bytes", "Bytes that wait in the pool", pool_held_bytes.clone());
+        let cache =
+            counters(own, "cache_requests", "Look-ups in the answer cache", "result", &["hit", "miss"]);
+        let cache_entries = Gauge::default();
+        own.register("cache_entries", "Answers in the cache", cache_entries.clone());
+        let cache_bytes = Gauge::default();
+        own.register("cache_bytes", "Bytes of the cache, book-keeping included", cache_bytes.clone());
+
+        let points = counters(own, "monitor_points", "Points recorded", "component", &COMPONENTS);
+        let probes = counters(own, "monitor_probes", "Values read", "component", &COMPONENTS);
+        let components =
+            std::array::from_fn(|i| Component { points: points[i].clone(), probes: probes[i].clone() });
+        let monitor_cpu = Counter::default();
+        own.register("monitor_cpu_seconds", "CPU time that the monitor itself used", monitor_cpu.clone());
+
+        let config_info = Family::default();
+        own.register("config_info", "Hash of the configuration in force", config_info.clone());
+        let help = "Changed configuration files by what became of them";
+        let reloads = counters(own, "config_reloads", help, "result", &["applied", "rejected"]);
+        let build = Family::<Labels, Gauge>::default();
+        build.get_or_create(&vec![("version", env!("CARGO_PKG_VERSION").to_owned())]).set(1);
+        own.register("build_info", "Version of this program", build);
+
+        Self {
+            queries,
+            query_duration,
+            inflight,
+            requests,
+            duration,
+            acquire,
+            opened,
+            open,
+            pool_hit: pool[0].clone(),
+            pool_miss: pool[1].clone(),
+            pool_objects,
+            pool_held_bytes,
+            cache_hit: cache[0].clone(),
+            cache_miss: cache[1].clone(),
+            cache_entries,
+            cache_bytes,
+            components,
+            monitor_cpu,
+            config_info,
+            reload_applied: reloads[0].clone(),
+            reload_rejected: reloads[1].clone(),
+            registry,
+        }
+    }
+
+    pub(crate) fn count(&self, verdict: Verdict) {
+        self.queries[verdict as usize].inc();
+    }
+
+    /// The metrics of one expert, made when they are new, with every outcome at zero, so that the first failure is
+    /// already a difference between two scrapes.
+    pub(crate) fn service(&self, name: &str) -> Service {
+        let labels = vec![("service", name.to_owned())];
+        Service {
+            requests: Outcome::ALL.map(|outcome| {
+                let mut labels = labels.clone();
+                labels.push(("outcome", outcome.as_str().to_owned()));
+                self.requests.get_or_create_owned(&labels)
+            }),
+            duration: self.duration.get_or_create_owned(&labels),
+            acquire: self.acquire.get_or_create_owned(&labels),
+            opened: self.opened.get_or_create_owned(&labels),
+            open: self.open.get_or_create_owned(&labels),
+        }
+    }
+
+    /// Shows that `new` is in force, and drops the series of experts that only `old` had.
+    pub(crate) fn configured(&self, hash: &str, old: Option<&Config>, new: &Config) {
+        self.config_info.clear();
+        self.config_info.get_or_create(&vec![("hash", hash.to_owned())]).set(1);
+        for expert in old.map_or(&[][..], |old| &old.experts) {
+            if new.experts.iter().any(|e| e.name == expert.name) {
+                continue;
+            }
+            let labels = vec![("service", expert.name.clone())];
+            for outcome in Outcome::ALL {
+                let mut labels = labels.clone();
+                labels.push(("outcome", outcome.as_str().to_owned()));
+                self.requests.remove(&labels);
+            }
+            self.duration.remove(&labels);
+            self.acquire.remove(&labels);
+            self.opened.remove(&labels);
+            self.open.remove(&labels);
+        }
+    }
+
+    /// All metrics in the OpenMetrics text format.
+    pub(crate) fn encode(&self) -> String {
+        let mut text = String::with_capacity(16 << 10);
+        // Writing to a String cannot fail; a collector's own error would only cut the text short.
+        if let Err(error) = prometheus_client::encoding::text::encode(&mut text, &self.registry) {
+            tracing::warn!(%error, "metrics could not be encoded whole");
+        }
+        text
+    }
+}
+
+/// Metrics of the process as a whole, read when they are asked for.
+#[derive(Debug)]
+struct Process {
+    allocations: Option<fn() -> Option<u64>>,
+}
+
+impl Collector for Process {
+    fn encode(&self, mut to: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let mut gauge = |name: &str, help: &str, value: f64| {
+            let gauge = ConstGauge::new(value);
+            gauge.encode(to.encode_descriptor(name, help, None, gauge.metric_type())?)
+        };
+        if let Some(bytes) = resident_bytes() {
+            gauge("process_resident_memory_bytes", "Resident memory", bytes as f64)?;
+        }
+        if let Ok(entries) = std::fs::read_dir("/proc/self/fd") {
+            gauge("process_open_fds", "Open file descriptors", entries.count() as f64)?;
+        }
+        gauge("process_start_time_seconds", "Start of the process since the epoch", start_time())?;
+        let cpu = ConstCounter::new(process_cpu_seconds());
+        cpu.encode(to.encode_descriptor("process_cpu_seconds", "CPU time used", None, cpu.metric_type())?)?;
+        if let Some(count) = self.allocations.and_then(|read| read()) {
+            let count = ConstCounter::new(count);
+            let help = "Allocations made so far; lags by what the threads' own caches hold";
+            let name = "synthex_runtime_allocator_allocations";
+            count.encode(to.encode_descriptor(name, help, None, count.metric_type())?)?;
+        }
+        Ok(())
+    }
+}
+
+/// Seconds since the epoch at which this process first asked, which [`Metrics::new`]'s caller does at start.
+pub(crate) fn start_time() -> f64 {
+    static START: OnceLock<f64> = OnceLock::new();
+    *START.get_or_init(|| SystemTime::UNIX_EPOCH.elapsed().map_or(0.0, |age| age.as_secs_f64()))
+}
+
+/// Resident memory in bytes, where the system tells.
+pub(crate) fn resident_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = text.split(' ').nth(1)?.parse().ok()?;
+    Some(pages * rustix::param::page_size() as u64)
+}
+
+fn seconds(clock: rustix::time::ClockId) -> f64 {
+    let time = rustix::time::clock_gettime(clock);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
+/// CPU seconds of all threads of this process.
+pub(crate) fn process_cpu_seconds() -> f64 {
+    seconds(rustix::time::ClockId::ProcessCPUTime)
+}
+
+/// CPU seconds of the calling thread.
+pub(crate) fn thread_cpu_seconds() -> f64 {
+    seconds(rustix::time::ClockId::ThreadCPUTime)
+}
