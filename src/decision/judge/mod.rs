@@ -185,15 +185,19 @@ pub fn settled(now: i64, step: i64) -> Tick {
 
 /// Cuts the ticks after `from`, up to `until`, into ranges for one query each: `(base, end)`, both asked for, where the base is
 /// the end of the range before. The more pods, the shorter, so that an answer stays far below the bound on its size.
+///
+/// Where no tick is new the last one is asked for again: it adds nothing to the evidence, but a KPI that was blind at that tick
+/// must not pass because nobody looked.
 pub fn chunks(arms: &Arms, from: Tick, until: Tick, step: i64) -> impl Iterator<Item = (Tick, Tick)> {
     let pods =
         i64::from(arms.canary.pods.max(1)) + arms.baseline.as_ref().map_or(0, |arm| arm.pods.max(1).into());
     let step = step.max(1);
-    let longest = (20_000 / pods).clamp(10, MAX_TICKS - 1) * step;
-    let mut base = from;
-    std::iter::from_fn(move || {
-        let end = until.min(base + longest);
-        (end >= base + step).then(|| (std::mem::replace(&mut base, end), end))
+    let longest = (20_000 / pods).clamp(10, MAX_TICKS - 1);
+    let ticks = ((until - from) / step).max(0);
+    let count = (ticks + longest - 1) / longest;
+    (0..count.max(1)).map(move |chunk| {
+        let end = ((chunk + 1) * longest).min(ticks);
+        (from + chunk * longest * step, from + end * step)
     })
 }
 

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Computes the evidence of error ratios independently of the operator: writes eprocess.json beside this file.
+
+The operator adds up logarithms of ratios in f64. Here every tick's factor is the quotient of two binomial probabilities (the
+coefficient included), the factors are multiplied, and the mixture is averaged, all in decimals of 60 digits; one logarithm is
+taken at the end. Plain Python 3, no packages.
+"""
+
+import json
+import math
+import pathlib
+import random
+from decimal import Decimal, getcontext
+
+getcontext().prec = 60
+GRID = [Decimal(g) for g in ("1.25", "1.6", "2", "3", "5", "10", "30")]
+
+
+def tolerated(r0, tau, kc, kb):
+    spread = 3 * Decimal(tau) * (Decimal(1) / kc + Decimal(1) / kb).sqrt()
+    return max(Decimal(r0), spread.exp())
+
+
+def binomial(k, m, share):
+    return math.comb(m, k) * share**k * (1 - share) ** (m - k)
+
+
+def evidence(ticks, r0, effect):
+    """The natural logarithm of the evidence after each tick, and its peak while the difference mattered."""
+    wealth = [Decimal(1)] * len(GRID)
+    sums = [0, 0, 0, 0]
+    waiting = None
+    logs, peak = [], Decimal(0)
+    for tick in ticks:
+        sums = [a + b for a, b in zip(sums, tick)]
+        xc, nc, xb, nb = [a + b for a, b in zip(tick, waiting or (0, 0, 0, 0))]
+        waiting = None
+        if nc == 0 or nb == 0:
+            waiting = tick if tick[1] or tick[3] else None
+        elif xc + xb:
+            null = binomial(xc, xc + xb, r0 * nc / (r0 * nc + nb))
+            for j, g in enumerate(GRID):
+                r = r0 * g
+                wealth[j] *= binomial(xc, xc + xb, r * nc / (r * nc + nb)) / null
+        log = (sum(wealth) / len(GRID)).ln()
+        logs.append(log)
+        sxc, snc, sxb, snb = sums
+        if snc and snb and Decimal(sxc) / snc - Decimal(sxb) / snb >= Decimal(effect):
+            peak = max(peak, log)
+    return [float(log) for log in logs], float(peak)
+
+
+def stream(seed, ticks, nc, nb, pc, pb):
+    rng = random.Random(seed)
+    arm = lambda n, p: (sum(rng.random() < p for _ in range(n)), n)
+    rows = []
+    for _ in range(ticks):
+        a, b = rng.randint(nc // 2, nc), rng.randint(nb // 2, nb)
+        (xc, a), (xb, b) = arm(a, pc), arm(b, pb)
+        rows.append((xc, a, xb, b))
+    return rows
+
+
+CASES = [
+    ("no difference", 1.25, 0.001, 10, 10, stream(1, 60, 200, 200, 0.02, 0.02)),
+    ("twice as bad, many pods", 1.25, 0.001, 100, 100, stream(2, 40, 400, 400, 0.04, 0.02)),
+    ("five times as bad, a tenth of the traffic", 1.25, 0.001, 2, 18, stream(3, 60, 40, 400, 0.05, 0.01)),
+    ("harm without a single baseline error", 1.25, 0.001, 1, 1, stream(4, 30, 60, 60, 0.4, 0.0)),
+    ("hold-back", 1.25, 0.001, 10, 1, stream(5, 40, 400, 40, 0.3, 0.01)),
+    ("the canary is better", 1.25, 0.001, 5, 5, stream(6, 40, 200, 200, 0.01, 0.1)),
+    ("wide tolerance", 10.0, 0.001, 5, 5, stream(7, 40, 200, 200, 0.3, 0.01)),
+    ("harm below the minimum effect", 1.25, 0.5, 50, 50, stream(8, 40, 300, 300, 0.2, 0.01)),
+    ("arms scraped in turn", 1.25, 0.001, 1, 1, [(3, 20, 0, 0), (0, 0, 0, 25)] * 20),
+    ("one arm idle for long", 1.25, 0.001, 1, 1, [(0, 0, 1, 30)] * 10 + [(9, 30, 0, 30)] * 5 + [(5, 5, 0, 0)] * 3),
+    ("every request fails on both", 1.25, 0.001, 3, 3, [(50, 50, 70, 70)] * 10),
+    ("nothing ever fails", 1.25, 0.001, 3, 3, [(0, 50, 0, 70)] * 10),
+]
+
+
+def main():
+    out = []
+    for name, r0, effect, kc, kb, ticks in CASES:
+        logs, peak = evidence(ticks, tolerated(str(r0), "0.5", kc, kb), str(effect))
+        out.append(
+            {
+                "name": name,
+                "tolerance": r0,
+                "minimumEffect": effect,
+                "canaryPods": kc,
+                "baselinePods": kb,
+                "ticks": ticks,
+                "logEvidence": logs,
+                "peak": peak,
+            }
+        )
+    lines = ",\n".join(json.dumps(case) for case in out)
+    pathlib.Path(__file__).with_suffix(".json").write_text(f"[\n{lines}\n]\n")
+
+
+main()
