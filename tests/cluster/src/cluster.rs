@@ -179,6 +179,15 @@ impl Cluster {
         Ok(series.iter().map(value).collect())
     }
 
+    /// Asks the cluster's Prometheus for the value of an expression at a Unix time, and gives its answer as it is.
+    ///
+    /// # Errors
+    /// Prometheus does not answer, or refuses the expression.
+    pub fn query_at(&self, expression: &str, time: f64) -> Result<serde_json::Value> {
+        let path = format!("/api/v1/query?time={time}&query={}", encode(expression));
+        Ok(serde_json::from_str(&self.get("monitoring", "prometheus", 9090, &path)?)?)
+    }
+
     /// Installs the operator as a user would and waits until it is available.
     ///
     /// # Errors

@@ -1,15 +1,15 @@
 //! `cargo cluster demo`: the whole story on a node of its own. It changes only that cluster.
 
-use std::fs;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::cluster::Cluster;
 use crate::images;
 use crate::lifecycle::{down, up};
-use crate::paths::{Profile, workspace};
+use crate::paths::Profile;
 use crate::progress::step;
+use crate::story;
 
 /// Brings the node up with the product's images, installs the operator, and tells the story. With `keep` the cluster stays up.
 ///
@@ -53,16 +53,22 @@ pub fn install(cluster: &Cluster) -> Result<()> {
     })
 }
 
-/// What is shown once the operator runs: experts and traffic first, then the rollout.
+/// The quickstart, live in the terminal, and what must hold at its end.
 fn story(cluster: &Cluster) -> Result<()> {
-    step("start experts and traffic", || {
-        cluster.apply(&sample("traffic.yaml")?)?;
-        cluster.rolled_out("shop", "upstream", Duration::from_secs(60))
-    })
-}
-
-/// A file of the product's samples, as users have it.
-fn sample(name: &str) -> Result<String> {
-    let file = workspace().join("manifests/samples").join(name);
-    fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))
+    let account = story::tell(cluster, &story::quickstart()?, |_| Ok(()))?;
+    story::check_harmful(cluster, &account)?;
+    println!();
+    println!("connections was rolled back and the rest completed:");
+    for why in account.reasons("OptimizationRolledBack") {
+        println!("  {why}");
+    }
+    if let Some(after) = account.switched_off_after {
+        println!("  its configuration was off on every canary pod {:.2} s after the decision", after.as_secs_f64());
+    }
+    println!(
+        "  requests: {} answered, {} failed, by variant: {:?}",
+        account.load["ok"], account.load["failed"], account.failures()
+    );
+    println!("  Ready production pods never fell below {}", account.fewest_serving);
+    Ok(())
 }

@@ -19,6 +19,7 @@ mod process;
 pub mod progress;
 pub mod relay;
 mod state;
+pub mod story;
 pub mod suite;
 
 pub use cluster::{Cluster, Namespace};
