@@ -5,6 +5,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::cluster::Cluster;
+use crate::demo::install;
 use crate::images;
 use crate::lifecycle::{down, is_up, up};
 use crate::paths::{Profile, workspace};
@@ -45,12 +46,13 @@ fn on_own(test: &str, profile: Profile) -> Result<()> {
 }
 
 fn tests(file: &str, cluster: &Cluster) -> Result<()> {
-    // Somebody else's cluster must be given the image in its own way.
+    // Somebody else's cluster must be given the images, and the operator, in its own way.
     if cluster.kubeconfig() == Profile::Node.kubeconfig() {
         images::import_probe()?;
+        install(cluster)?;
     }
     let args =
-        ["test", "--package", "synthex-cluster", "--test", file, "--", "--ignored", "--test-threads=1"];
+        ["test", "--workspace", "--test", file, "--", "--ignored", "--test-threads=1", "--nocapture"];
     cargo(&args, Some(cluster))
 }
 
