@@ -236,7 +236,8 @@ impl Context {
             Ok(prometheus) => {
                 let mut rounds = vec![];
                 for (kpi, evidence) in &inquiry.kpis {
-                    rounds.push(judge_one(&prometheus, &inquiry, kpi, evidence.clone()));
+                    let known = status.kpis.iter().find(|known| known.name == kpi.name);
+                    rounds.push(judge_one(&prometheus, &inquiry, kpi, evidence.clone(), known));
                 }
                 stream::iter(rounds).buffered(4).collect::<Vec<_>>().await
             }
@@ -315,7 +316,12 @@ async fn judge_one(
     inquiry: &Inquiry,
     kpi: &judge::Kpi,
     mut evidence: crate::api::Evidence,
+    known: Option<&KpiStatus>,
 ) -> KpiStatus {
+    // Woken between two ticks: what was said of the last one stands, its faults included.
+    if let Some(known) = known.filter(|_| evidence.last_tick >= inquiry.until) {
+        return known.clone();
+    }
     let mut health = judge::AnswerHealth::Good;
     let queries = judge::queries(kpi, &inquiry.arms);
     let from = evidence.last_tick;

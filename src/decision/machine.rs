@@ -986,11 +986,8 @@ impl Machine<'_> {
         let Some(stage) = &self.status.stage else {
             return self.now + if remove.is_empty() { IDLE } else { POLL };
         };
-        let step = interval(self.rollout);
-        // When the next tick has settled.
-        let wait =
-            step - (self.now.as_second() - judge::settled(self.now.as_second(), step)).rem_euclid(step);
-        let next_tick = self.now + SignedDuration::from_secs(wait);
+        let next_tick = judge::settles_next(self.now.as_second(), interval(self.rollout));
+        let next_tick = Timestamp::from_second(next_tick).unwrap_or(self.now + POLL);
         match stage.step {
             Step::Deploying | Step::Promoting | Step::Restoring => self.now + POLL,
             Step::WarmingUp => evidence_from(self.rollout, stage)

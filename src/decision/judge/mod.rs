@@ -180,7 +180,17 @@ impl Arm {
 /// might give other evidence than the same tick in a replay. One interval is waited, 10 s (the usual scrape timeout) at most.
 pub fn settled(now: i64, step: i64) -> Tick {
     let step = step.max(1);
-    (now - step.min(10)).div_euclid(step) * step
+    (now - settling(step)).div_euclid(step) * step
+}
+
+/// When the tick after [`settled`] will have settled, in Unix seconds.
+pub fn settles_next(now: i64, step: i64) -> i64 {
+    let step = step.max(1);
+    settled(now, step) + step + settling(step)
+}
+
+fn settling(step: i64) -> i64 {
+    step.min(10)
 }
 
 /// Cuts the ticks after `from`, up to `until`, into ranges for one query each: `(base, end)`, both asked for, where the base is
