@@ -63,11 +63,16 @@ fn story(cluster: &Cluster) -> Result<()> {
         println!("  {why}");
     }
     if let Some(after) = account.switched_off_after {
-        println!("  its configuration was off on every canary pod {:.2} s after the decision", after.as_secs_f64());
+        println!(
+            "  its configuration was off on every canary pod {:.2} s after the decision",
+            after.as_secs_f64()
+        );
     }
     println!(
         "  requests: {} answered, {} failed, by variant: {:?}",
-        account.load["ok"], account.load["failed"], account.failures()
+        account.load["ok"],
+        account.load["failed"],
+        account.failures()
     );
     println!("  Ready production pods never fell below {}", account.fewest_serving);
     Ok(())

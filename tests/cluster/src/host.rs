@@ -76,6 +76,7 @@ pub(crate) fn install_packages(profile: Profile) -> Result<()> {
             ("conntrack", has("conntrack")),
             ("iproute2", has("ip")),
             ("util-linux", has("nsenter")),
+            ("ca-certificates", Path::new("/etc/ssl/certs/ca-certificates.crt").exists()),
         ]);
     }
     let missing: Vec<_> =

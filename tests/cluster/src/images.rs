@@ -20,6 +20,9 @@ use crate::suite::cargo;
 /// The user in every image: nobody's, and what `runAsNonRoot` wants to see.
 pub(crate) const USER: u32 = 65532;
 
+/// The certificate authorities that Debian trusts, here and in the image.
+const AUTHORITIES: &str = "etc/ssl/certs/ca-certificates.crt";
+
 /// An image to make.
 pub(crate) struct Image {
     name: String,
@@ -52,6 +55,9 @@ impl Image {
         ] {
             contents.insert(path.to_owned(), (0o644, Content::Text(text)));
         }
+        // As in every usual base image: a client of HTTPS refuses to start without any authority.
+        let authorities = PathBuf::from(format!("/{AUTHORITIES}"));
+        contents.insert(AUTHORITIES.to_owned(), (0o644, Content::File(authorities)));
         for (file, path) in &self.files {
             contents.insert(path.trim_start_matches('/').to_owned(), (0o755, Content::File(file.clone())));
             for library in libraries(file)? {

@@ -77,7 +77,8 @@ pub fn quickstart() -> Result<Value> {
 /// The quickstart without the tuning that does harm.
 pub fn harmless() -> Result<Value> {
     let mut rollout = quickstart()?;
-    let optimizations = rollout["spec"]["optimizations"].as_array_mut().context("the sample lists no optimizations")?;
+    let optimizations =
+        rollout["spec"]["optimizations"].as_array_mut().context("the sample lists no optimizations")?;
     for optimization in optimizations {
         optimization.as_object_mut().context("an optimization is no object")?.remove("config");
     }
@@ -100,7 +101,12 @@ pub fn tell(cluster: &Cluster, rollout: &Value, mut act: impl FnMut(&Look) -> Re
             break;
         }
         act(&look)?;
-        ensure!(start.elapsed() < LIMIT, "the rollout has not ended after {} s\n{}", LIMIT.as_secs(), cluster.picture(NAMESPACE));
+        ensure!(
+            start.elapsed() < LIMIT,
+            "the rollout has not ended after {} s\n{}",
+            LIMIT.as_secs(),
+            cluster.picture(NAMESPACE)
+        );
         // One look a second: the pods are sampled, not awaited.
         std::thread::sleep(next.saturating_duration_since(Instant::now()));
     }
@@ -115,7 +121,9 @@ fn begin(cluster: &Cluster, rollout: &Value) -> Result<()> {
     cluster.rolled_out(NAMESPACE, "upstream", Duration::from_secs(60))?;
     cluster.apply(&rollout.to_string())?;
     wait("the stable Deployment", Duration::from_secs(30), || {
-        Ok(cluster.kubectl(&["-n", NAMESPACE, "get", "deployment", ROLLOUT]).map_err(|error| error.to_string()))
+        Ok(cluster
+            .kubectl(&["-n", NAMESPACE, "get", "deployment", ROLLOUT])
+            .map_err(|error| error.to_string()))
     })?;
     cluster.rolled_out(NAMESPACE, ROLLOUT, Duration::from_secs(60))?;
     cluster.apply(&sample("load.yaml")?)?;
@@ -146,7 +154,8 @@ pub fn load_report(cluster: &Cluster) -> Result<Value> {
 
 impl Account {
     fn look(&mut self, cluster: &Cluster) -> Result<Look> {
-        let json = cluster.kubectl(&["-n", NAMESPACE, "get", "optimizationrollouts,pods", "--output=json"])?;
+        let json =
+            cluster.kubectl(&["-n", NAMESPACE, "get", "optimizationrollouts,pods", "--output=json"])?;
         let list: Value = serde_json::from_str(&json)?;
         let (mut rollout, mut serving) = (Value::Null, 0);
         for item in list["items"].as_array().into_iter().flatten() {
@@ -158,8 +167,13 @@ impl Account {
             let name = item["metadata"]["name"].as_str().unwrap_or_default().to_owned();
             self.pods.insert(name, label("synthex.io/variant"));
             let conditions = item["status"]["conditions"].as_array().cloned().unwrap_or_default();
-            let ready = conditions.iter().any(|condition| condition["type"] == "Ready" && condition["status"] == "True");
-            if label("synthex.io/track") == "production" && ready && item["metadata"]["deletionTimestamp"].is_null() {
+            let ready = conditions
+                .iter()
+                .any(|condition| condition["type"] == "Ready" && condition["status"] == "True");
+            if label("synthex.io/track") == "production"
+                && ready
+                && item["metadata"]["deletionTimestamp"].is_null()
+            {
                 serving += 1;
             }
         }
@@ -167,7 +181,10 @@ impl Account {
         for decision in rollout["status"]["decisions"].as_array().into_iter().flatten() {
             let text = |field: &str| decision[field].as_str().unwrap_or_default().to_owned();
             let id = decision["id"].as_i64().unwrap_or_default();
-            let new = self.decisions.insert(id, Decision { what: text("what"), why: text("why"), time: text("time") }).is_none();
+            let new = self
+                .decisions
+                .insert(id, Decision { what: text("what"), why: text("why"), time: text("time") })
+                .is_none();
             if new && decision["what"] == "OptimizationRolledBack" {
                 self.switched_off_after = switched_off_after(cluster, &text("time"))?;
             }
@@ -178,7 +195,11 @@ impl Account {
 
     /// Reasons of the decisions of a kind, in order.
     pub fn reasons(&self, what: &str) -> Vec<&str> {
-        self.decisions.values().filter(|decision| decision.what == what).map(|decision| decision.why.as_str()).collect()
+        self.decisions
+            .values()
+            .filter(|decision| decision.what == what)
+            .map(|decision| decision.why.as_str())
+            .collect()
     }
 
     /// Names of the optimizations in a state at the end.
@@ -239,7 +260,9 @@ pub fn sampled_seconds(cluster: &Cluster, variant: &str, from: f64, to: f64, gap
     let matrix = cluster.query_at(&expression, to)?;
     let mut times: Vec<f64> = vec![];
     for series in matrix["data"]["result"].as_array().into_iter().flatten() {
-        times.extend(series["values"].as_array().into_iter().flatten().filter_map(|sample| sample[0].as_f64()));
+        times.extend(
+            series["values"].as_array().into_iter().flatten().filter_map(|sample| sample[0].as_f64()),
+        );
     }
     times.sort_by(f64::total_cmp);
     Ok(times.windows(2).map(|pair| pair[1] - pair[0]).filter(|distance| *distance <= gap).sum())
@@ -266,7 +289,12 @@ impl Screen {
             text.push_str(&format!("{time}  {:<24} {}\n", decision.what, decision.why));
             self.announced = *id;
         }
-        let state = format!("{} {} {}", look.status("/phase"), look.status("/stage/name"), look.status("/stage/step"));
+        let state = format!(
+            "{} {} {}",
+            look.status("/phase"),
+            look.status("/stage/name"),
+            look.status("/stage/step")
+        );
         let block = picture(look, &state, replicas, elapsed);
         if live {
             text.push_str(&block);
@@ -304,15 +332,24 @@ fn picture(look: &Look, state: &str, replicas: usize, elapsed: Duration) -> Stri
 /// What must hold of the quickstart: exactly the harmful optimization is rolled back, in production, with its KPI's numbers; the
 /// others run on all stable pods; users saw no failure but the canary's; capacity never fell.
 pub fn check_harmful(cluster: &Cluster, account: &Account) -> Result<()> {
-    ensure!(account.optimizations("RolledBack") == BTreeSet::from(["connections"]), "rolled back: {:?}", account.optimizations("RolledBack"));
+    ensure!(
+        account.optimizations("RolledBack") == BTreeSet::from(["connections"]),
+        "rolled back: {:?}",
+        account.optimizations("RolledBack")
+    );
     let reasons = account.reasons("OptimizationRolledBack");
     ensure!(reasons.len() == 1, "one rollback is wanted, there were: {reasons:?}");
     ensure!(reasons[0].starts_with("connections switched off in stage canary"), "{}", reasons[0]);
-    ensure!(reasons[0].contains("upstream-errors") && reasons[0].contains('%'), "the KPI's numbers are missing: {}", reasons[0]);
+    ensure!(
+        reasons[0].contains("upstream-errors") && reasons[0].contains('%'),
+        "the KPI's numbers are missing: {}",
+        reasons[0]
+    );
     let events = cluster.kubectl(&["-n", NAMESPACE, "get", "events", "--output=json"])?;
     let events: Value = serde_json::from_str(&events)?;
     let told = events["items"].as_array().into_iter().flatten().any(|event| {
-        event["reason"] == "OptimizationRolledBack" && event["message"].as_str().is_some_and(|text| text.contains("upstream-errors"))
+        event["reason"] == "OptimizationRolledBack"
+            && event["message"].as_str().is_some_and(|text| text.contains("upstream-errors"))
     });
     ensure!(told, "no event tells of the rollback");
     for (variant, failed) in account.failures() {
@@ -323,21 +360,51 @@ pub fn check_harmful(cluster: &Cluster, account: &Account) -> Result<()> {
 
 /// What must hold of a rollout that does no harm: all of it is promoted, and nothing failed.
 pub fn check_harmless(cluster: &Cluster, account: &Account) -> Result<()> {
-    ensure!(account.reasons("OptimizationRolledBack").is_empty(), "rolled back: {:?}", account.reasons("OptimizationRolledBack"));
+    ensure!(
+        account.reasons("OptimizationRolledBack").is_empty(),
+        "rolled back: {:?}",
+        account.reasons("OptimizationRolledBack")
+    );
     ensure!(account.failures().is_empty(), "requests failed: {:?}", account.failures());
     check_end(cluster, account, &["connections", "memory", "monitoring"])
 }
 
 fn check_end(cluster: &Cluster, account: &Account, promoted: &[&str]) -> Result<()> {
     let stages = account.stages();
-    ensure!(stages == ["staging", "canary", "progressive-25", "progressive-50", "progressive-100"], "stages: {stages:?}");
+    ensure!(
+        stages == ["staging", "canary", "progressive-25", "progressive-50", "progressive-100"],
+        "stages: {stages:?}"
+    );
     ensure!(account.rollout["status"]["phase"] == "Completed", "{}", account.rollout["status"]);
-    ensure!(account.optimizations("Promoted") == promoted.iter().copied().collect(), "promoted: {:?}", account.optimizations("Promoted"));
+    ensure!(
+        account.optimizations("Promoted") == promoted.iter().copied().collect(),
+        "promoted: {:?}",
+        account.optimizations("Promoted")
+    );
     ensure!(account.fewest_serving >= 10, "only {} pods were Ready at some moment", account.fewest_serving);
-    ensure!(account.load["dropped"] == json!(0), "the load generator could not keep its rate: {}", account.load);
-    cluster.kubectl(&["-n", NAMESPACE, "wait", "--for=condition=Ready", &format!("oro/{ROLLOUT}"), "--timeout=5s"])?;
+    ensure!(
+        account.load["dropped"] == json!(0),
+        "the load generator could not keep its rate: {}",
+        account.load
+    );
+    cluster.kubectl(&[
+        "-n",
+        NAMESPACE,
+        "wait",
+        "--for=condition=Ready",
+        &format!("oro/{ROLLOUT}"),
+        "--timeout=5s",
+    ])?;
     // Every stable pod says itself which switches are on.
-    let pods = cluster.kubectl(&["-n", NAMESPACE, "get", "pods", "--selector", "synthex.io/variant=stable", "--output=jsonpath={.items[*].metadata.name}"])?;
+    let pods = cluster.kubectl(&[
+        "-n",
+        NAMESPACE,
+        "get",
+        "pods",
+        "--selector",
+        "synthex.io/variant=stable",
+        "--output=jsonpath={.items[*].metadata.name}",
+    ])?;
     let pods: Vec<_> = pods.split_whitespace().collect();
     ensure!(pods.len() == 10, "stable has {} pods: {pods:?}", pods.len());
     for pod in pods {

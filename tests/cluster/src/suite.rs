@@ -51,8 +51,7 @@ fn tests(file: &str, cluster: &Cluster) -> Result<()> {
         images::import_probe()?;
         install(cluster)?;
     }
-    let args =
-        ["test", "--workspace", "--test", file, "--", "--ignored", "--test-threads=1", "--nocapture"];
+    let args = ["test", "--workspace", "--test", file, "--", "--ignored", "--test-threads=1", "--nocapture"];
     cargo(&args, Some(cluster))
 }
 
