@@ -34,7 +34,9 @@ use crate::metrics::Service;
 /// Largest answer of an expert that is read, in bytes.
 pub(crate) const MAX_ANSWER: usize = 4 << 20;
 /// Largest header of an answer, in bytes.
-const MAX_HEADER: usize = 64 << 10;
+const MAX_HEADER: usize = 32 << 10;
+/// Largest read buffer of a connection, in bytes.
+const MAX_BUFFER: usize = 64 << 10;
 
 /// Bounds of one pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -226,11 +228,6 @@ impl Pool {
     pub(crate) fn limits(&self) -> &Limits {
         &self.limits
     }
-
-    #[cfg(test)]
-    pub(crate) fn open(&self) -> usize {
-        self.open.load(Ordering::Relaxed)
-    }
 }
 
 impl Host {
@@ -257,8 +254,11 @@ async fn connect(
 ) -> Result<SendRequest<Full<Bytes>>, Box<dyn std::error::Error + Send + Sync>> {
     let stream = TcpStream::connect((address.host.as_str(), address.port)).await?;
     stream.set_nodelay(true)?;
-    let (sender, connection) =
-        http1::Builder::new().max_buf_size(MAX_HEADER).handshake(TokioIo::new(stream)).await?;
+    let (sender, connection) = http1::Builder::new()
+        .max_header_size(MAX_HEADER)
+        .max_buf_size(MAX_BUFFER)
+        .handshake(TokioIo::new(stream))
+        .await?;
     service.opened.inc();
     service.open.inc();
     let open = Open(service.open.clone());
@@ -381,4 +381,94 @@ pub(crate) fn routes(limits: &Limits, unified: bool, addresses: &[Address]) -> V
         .collect();
     let pool = Arc::new(Pool::new(limits.clone(), hosts));
     places.into_iter().map(|host| Route { pool: pool.clone(), host }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::{
+        load::experts::{Behaviour, serve},
+        metrics::Metrics,
+    };
+
+    async fn mocks(count: usize) -> Vec<Address> {
+        let mut addresses = Vec::new();
+        for _ in 0..count {
+            let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+            let port = listener.local_addr().expect("bound").port();
+            addresses.push(Address { host: "127.0.0.1".to_owned(), port });
+            tokio::spawn(serve(
+                listener,
+                Behaviour { latency: Duration::from_millis(2), ..Behaviour::default() },
+            ));
+        }
+        addresses
+    }
+
+    fn request() -> Request<Full<Bytes>> {
+        Request::post("/").header("host", "mock").body(Full::new(Bytes::from_static(b"{}"))).expect("valid")
+    }
+
+    #[tokio::test]
+    async fn neither_total_nor_per_host_is_exceeded() {
+        for (per_host, total) in [(1, 1), (1, 2), (2, 3), (4, 4), (30, 100)] {
+            let limits = Limits {
+                per_host,
+                total: Some(total),
+                keep_alive: Duration::from_secs(30),
+                acquire_timeout: Some(Duration::from_secs(10)),
+            };
+            let routes = routes(&limits, true, &mocks(3).await);
+            let service = Metrics::new(None).service("mock");
+            let pool = routes[0].pool.clone();
+            let sent = (0..90).map(|i| {
+                let (route, service, pool) = (&routes[i % 3], &service, &pool);
+                async move {
+                    let answer = route.send(request(), service).await.expect("answered");
+                    assert!(answer.status.is_success());
+                    assert!(pool.open.load(Ordering::Relaxed) <= total);
+                    assert!(pool.hosts.iter().all(|host| host.lock().len() <= per_host));
+                }
+            });
+            futures::future::join_all(sent).await;
+            assert_eq!(
+                pool.open.load(Ordering::Relaxed),
+                pool.hosts.iter().map(|h| h.lock().len()).sum::<usize>()
+            );
+            pool.retire();
+            assert_eq!(pool.open.load(Ordering::Relaxed), 0);
+            // A retired pool still serves who holds it, and keeps nothing.
+            routes[0].send(request(), &service).await.expect("answered");
+            assert_eq!(pool.open.load(Ordering::Relaxed), 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn equal_addresses_share_one_host() {
+        let limits =
+            Limits { per_host: 1, total: None, keep_alive: Duration::from_secs(30), acquire_timeout: None };
+        let one = mocks(1).await.remove(0);
+        let unified = routes(&limits, true, &[one.clone(), one.clone()]);
+        assert!(Arc::ptr_eq(&unified[0].pool, &unified[1].pool) && unified[0].host == unified[1].host);
+        let apart = routes(&limits, false, &[one.clone(), one]);
+        assert!(!Arc::ptr_eq(&apart[0].pool, &apart[1].pool));
+    }
+
+    #[tokio::test]
+    async fn idle_connections_end_with_their_time() {
+        let limits =
+            Limits { per_host: 4, total: None, keep_alive: Duration::from_millis(20), acquire_timeout: None };
+        let routes = routes(&limits, true, &mocks(1).await);
+        let service = Metrics::new(None).service("mock");
+        routes[0].send(request(), &service).await.expect("answered");
+        let pool = &routes[0].pool;
+        while pool.open.load(Ordering::Relaxed) > 0 {
+            pool.sweep();
+            tokio::task::yield_now().await;
+        }
+        routes[0].send(request(), &service).await.expect("answered");
+        assert_eq!(service.opened.get(), 2);
+    }
 }

@@ -23,8 +23,10 @@ use crate::{api, monitoring, reload, state::Runtime};
 
 /// Connections open at once on one port; more wait in the kernel's queue.
 const MAX_CONNECTIONS: u32 = 10_000;
-/// Largest header of a request, in bytes.
-const MAX_HEADER: usize = 64 << 10;
+/// Largest header of a request, in bytes; a larger one is answered 431.
+const MAX_HEADER: usize = 32 << 10;
+/// Largest read buffer of a connection, in bytes.
+const MAX_BUFFER: usize = 64 << 10;
 
 /// How long clients may take, and connections live.
 #[derive(Debug, Clone)]
@@ -233,7 +235,8 @@ async fn connection(
         }
     });
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(patience.header).max_buf_size(MAX_HEADER);
+    http.timer(TokioTimer::new()).header_read_timeout(patience.header);
+    http.max_header_size(MAX_HEADER).max_buf_size(MAX_BUFFER);
     let connection = http.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     // A client that takes no answer would hold its connection for ever: no other time-out sees it.
