@@ -188,13 +188,19 @@ impl Cluster {
         Ok(serde_json::from_str(&self.get("monitoring", "prometheus", 9090, &path)?)?)
     }
 
-    /// Installs the operator as a user would and waits until it is available.
+    /// Installs the operator as a user would and waits until it is available. One that is there already is started anew, since its
+    /// image may have changed under the same name.
     ///
     /// # Errors
-    /// There are no manifests, the API server refuses them, or the operator does not become available within a minute.
+    /// The API server refuses the manifests, or the operator does not become available within a minute.
     pub fn install_operator(&self) -> Result<()> {
         let manifests = workspace().join("manifests").display().to_string();
+        let operator = ["--namespace", "synthex-system", "deployment/synthex-operator"];
+        let found = self.kubectl(&[&["get"], &operator[..]].concat()).is_ok();
         self.kubectl(&["apply", "--server-side", "--force-conflicts", "--kustomize", &manifests])?;
+        if found {
+            self.kubectl(&[&["rollout", "restart"], &operator[..]].concat())?;
+        }
         self.rolled_out("synthex-system", "synthex-operator", Duration::from_secs(60))
     }
 }
