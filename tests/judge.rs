@@ -211,7 +211,8 @@ fn increases_are_counted_per_series() {
     let steady = some(&[0.0, 10.0, 20.0, 30.0]);
     let idle = some(&[0.0; 4]);
     // Name, errors of the canary, requests of the canary, and what is counted of them.
-    let cases: &[(&str, Vec<Option<f64>>, Vec<Option<f64>>, [f64; 2])] = &[
+    type Values = Vec<Option<f64>>;
+    let cases: &[(&str, Values, Values, [f64; 2])] = &[
         ("growth", some(&[5.0, 6.0, 8.0, 8.0]), some(&[100.0, 110.0, 120.0, 130.0]), [3.0, 30.0]),
         ("a reset counts from 0", some(&[5.0, 6.0, 2.0, 3.0]), some(&[100.0, 110.0, 7.0, 17.0]), [4.0, 27.0]),
         (

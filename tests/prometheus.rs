@@ -1,5 +1,7 @@
 //! Every odd answer of Prometheus, and of what may stand before it, has a named outcome.
 
+#![allow(clippy::unwrap_used)] // In helpers of tests too, which Clippy does not take for tests.
+
 use std::time::{Duration, Instant};
 
 use synthex_operator::{

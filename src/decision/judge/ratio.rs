@@ -234,7 +234,7 @@ impl Read {
             mark(&mut pod_up, pod, grid);
             for target in pod.chunk_by(|(a, _), (b, _)| a.instance == b.instance) {
                 read.refuse_twins(target, grid);
-                let up = if target[0].0.instance.is_empty() {
+                let up = if target[0].0.instance.is_empty() || target.len() == pod.len() {
                     &pod_up
                 } else {
                     mark(&mut target_up, target, grid);
@@ -245,9 +245,9 @@ impl Read {
                 }
             }
         }
-        for series in answers.times {
-            let Some(arm) = ratio.arm_of(&series.pod) else { continue };
-            for &(time, sampled) in &series.points {
+        for pod in answers.times.chunk_by(|a, b| a.pod == b.pod) {
+            let Some(arm) = ratio.arm_of(&pod[0].pod) else { continue };
+            for &(time, sampled) in pod.iter().flat_map(|series| &series.points) {
                 if let Some(index) = grid.index(time) {
                     read.fresh[arm][index] |= time as f64 - sampled <= 2.0 * grid.step as f64;
                 }
