@@ -785,8 +785,15 @@ fn generated(world: &World, ages: &[u32]) -> [Samples; 3] {
             ns.push(here.then_some(if *odd == 2 { f64::NAN } else { n }));
             es.push((here && *odd != 3 && e > 0.0).then_some(if *odd == 4 { -e } else { e + 0.1 }));
         }
-        errors.push(counter(&name, &es));
-        total.push(counter(&name, &ns));
+        errors.push(labelled(&[("pod", &name), ("instance", &name), ("job", "pods")], &es));
+        // Two series with odd fractions, whose sum depends on the order in which they are taken.
+        for (code, share) in [("200", 0.7), ("500", 0.3)] {
+            let part: Vec<_> = ns.iter().map(|value| value.map(|value| value * share)).collect();
+            total.push(labelled(
+                &[("pod", &name), ("instance", &name), ("job", "pods"), ("code", code)],
+                &part,
+            ));
+        }
     }
     for series in times(&total, 0.0) {
         let points =
