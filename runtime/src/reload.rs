@@ -42,13 +42,7 @@ pub(crate) async fn watch(runtime: Arc<Runtime>, path: PathBuf) {
         })
         .ok();
     loop {
-        if timeout(POLL, changed.notified()).await.is_ok() {
-            for _ in 0..MOST_SETTLES {
-                if timeout(SETTLE, changed.notified()).await.is_err() {
-                    break;
-                }
-            }
-        }
+        // First of all, since the file may have changed between the start and the watch.
         let from = path.clone();
         let applied = match tokio::task::spawn_blocking(move || read(&from)).await {
             Ok(Ok(content)) => runtime.apply(&content),
@@ -65,6 +59,13 @@ pub(crate) async fn watch(runtime: Arc<Runtime>, path: PathBuf) {
                 tracing::error!(path = %path.display(), in_force = hash, reason, "configuration refused; the old one stays");
             }
             Applied::Same | Applied::StillRejected => {}
+        }
+        if timeout(POLL, changed.notified()).await.is_ok() {
+            for _ in 0..MOST_SETTLES {
+                if timeout(SETTLE, changed.notified()).await.is_err() {
+                    break;
+                }
+            }
         }
     }
 }

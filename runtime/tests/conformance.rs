@@ -1,4 +1,5 @@
 //! Baseline and optimized paths give the same answers, also while they are switched under load.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "these are tests, helpers too")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Experts that fail, clients that misbehave, too much at once, and the end.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "these are tests, helpers too")]
 
 mod common;
 

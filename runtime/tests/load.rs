@@ -1,4 +1,5 @@
 //! The load generator: an open loop that counts everything.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "these are tests, helpers too")]
 
 mod common;
 

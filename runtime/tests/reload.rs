@@ -1,4 +1,5 @@
 //! The configuration file changes while the runtime serves.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "these are tests, helpers too")]
 
 mod common;
 
