@@ -68,10 +68,12 @@ impl Context {
     pub fn new(client: Client, defaults: Defaults, metrics: Arc<Metrics>) -> Result<Self, reqwest::Error> {
         Ok(Self {
             client,
-            // Pods are asked by address; a proxy or a redirect would lead elsewhere.
+            // Pods are asked by address over plain HTTP: no proxy, no redirect that leads elsewhere, and no need of the system's
+            // CA certificates, which a minimal image does not have.
             http: reqwest::Client::builder()
                 .no_proxy()
                 .redirect(reqwest::redirect::Policy::none())
+                .tls_certs_only([])
                 .build()?,
             defaults,
             metrics,
