@@ -1,7 +1,5 @@
 //! `cargo cluster demo`: the whole story on a node of its own. It changes only that cluster.
 
-use std::time::Duration;
-
 use anyhow::Result;
 
 use crate::cluster::Cluster;
@@ -31,26 +29,13 @@ pub fn run(keep: bool) -> Result<()> {
     result.and(down(Profile::Node))
 }
 
-/// Builds the product, gives its images to the node and installs the operator. An operator that runs already is replaced if its image changed.
+/// Builds the product, gives its images to the node and installs the operator.
 ///
 /// # Errors
 /// The build fails, or the operator does not become available.
 pub fn install(cluster: &Cluster) -> Result<()> {
-    let changed = images::import_product()?;
-    step("install the operator", || {
-        cluster.install_operator()?;
-        if changed {
-            cluster.kubectl(&[
-                "--namespace",
-                "synthex-system",
-                "rollout",
-                "restart",
-                "deployment/synthex-operator",
-            ])?;
-            cluster.rolled_out("synthex-system", "synthex-operator", Duration::from_secs(60))?;
-        }
-        Ok(())
-    })
+    images::import_product()?;
+    step("install the operator", || cluster.install_operator())
 }
 
 /// The quickstart, live in the terminal, and what must hold at its end.

@@ -153,18 +153,17 @@ fn parse_ldd(text: &str) -> Vec<PathBuf> {
     text.lines().filter_map(path).collect()
 }
 
-/// Makes an image and imports it into the node, unless the node has this very content. Gives whether it was imported.
+/// Makes an image and imports it into the node, unless the node has this very content.
 ///
 /// # Errors
 /// A file can't be read, or the node is not up.
-pub(crate) fn import(image: &Image) -> Result<bool> {
+pub(crate) fn import(image: &Image) -> Result<()> {
     let dir = Profile::Node.data().join("images").join(&image.name);
     fs::create_dir_all(&dir)?;
     let (digest, size) = image.layer(&dir.join("layer.tar"))?;
     let stamp = dir.join("imported");
     if fs::read_to_string(&stamp).is_ok_and(|old| old == digest) {
-        fs::remove_file(dir.join("layer.tar"))?;
-        return Ok(false);
+        return fs::remove_file(dir.join("layer.tar")).context("cannot remove a layer");
     }
     let entry: Vec<_> = image.files.iter().take(1).map(|(_, path)| path.clone()).collect();
     let architecture = match std::env::consts::ARCH {
@@ -194,14 +193,14 @@ pub(crate) fn import(image: &Image) -> Result<bool> {
     }
     fs::write(stamp, digest)?;
     eprintln!("           image {}:dev, {:.1} MB", image.name, size as f64 / 1e6);
-    Ok(true)
+    Ok(())
 }
 
-/// Builds operator and runtime and gives their images to the node. Gives whether any of them changed.
+/// Builds operator and runtime and gives their images to the node.
 ///
 /// # Errors
 /// The build fails, or the node is not up.
-pub(crate) fn import_product() -> Result<bool> {
+pub(crate) fn import_product() -> Result<()> {
     step("build operator and runtime", || {
         cargo(
             &[
@@ -217,11 +216,9 @@ pub(crate) fn import_product() -> Result<bool> {
         )
     })?;
     step("import images", || {
-        let operator =
-            import(&Image::new("synthex-operator", vec![compiled("release", "synthex-operator")]))?;
+        import(&Image::new("synthex-operator", vec![compiled("release", "synthex-operator")]))?;
         let runtime = ["synthex-runtime", "synthex-load"].map(|name| compiled("release", name));
-        let runtime = import(&Image::new("synthex-runtime", runtime.to_vec()))?;
-        Ok(operator || runtime)
+        import(&Image::new("synthex-runtime", runtime.to_vec()))
     })
 }
 
@@ -229,7 +226,7 @@ pub(crate) fn import_product() -> Result<bool> {
 ///
 /// # Errors
 /// As of [`import_product`].
-pub(crate) fn import_probe() -> Result<bool> {
+pub(crate) fn import_probe() -> Result<()> {
     cargo(&["build", "--quiet", "--package", "synthex-cluster", "--bin", "probe"], None)?;
     import(&Image::new("synthex-probe", vec![compiled("debug", "probe")]))
 }
