@@ -63,9 +63,9 @@ pub fn instance() -> String {
 /// `None` where jemalloc is not the allocator.
 pub fn allocations() -> Option<u64> {
     tikv_jemalloc_ctl::epoch::advance().ok()?;
-    // 4096 stands for all arenas together.
+    // 4096 stands for all arenas together. Requests, not `nmalloc`, which leaves out what a thread's cache satisfied.
     let [small, large] =
-        [c"stats.arenas.4096.small.nmalloc", c"stats.arenas.4096.large.nmalloc"].map(|name| {
+        [c"stats.arenas.4096.small.nrequests", c"stats.arenas.4096.large.nrequests"].map(|name| {
             #[allow(
                 unsafe_code,
                 reason = "the names are nul-terminated and both values are 64 bits wide in jemalloc"
