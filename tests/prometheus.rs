@@ -339,7 +339,7 @@ fn an_address_that_is_none_is_refused() {
         ("file:///etc/passwd", "is not an http or https URL"),
         ("http://", "is no URL"),
     ] {
-        let error = Prometheus::new(url, Duration::from_secs(1)).unwrap_err().to_string();
+        let error = Prometheus::new(url, Duration::from_secs(1)).err().unwrap().to_string();
         assert!(error.contains(expected) && error.contains("http://prometheus"), "{url}: {error}");
     }
 }

@@ -3,7 +3,7 @@
 //! Must not judge, retry or remember: the next round asks again. Nothing here is without a bound: the time and the size of an
 //! answer, its series, and the queries under way. No message shows the user and password of a URL.
 
-use std::{collections::BTreeMap, error::Error as _, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, error::Error as StdError, iter, sync::Arc, time::Duration};
 
 use reqwest::{Response, StatusCode, Url, redirect};
 use serde::{Deserialize, de::IgnoredAny};
@@ -21,11 +21,10 @@ const MAX_SERIES: usize = 50_000;
 const MAX_CONCURRENT: usize = 8;
 
 /// A Prometheus server, or what speaks its HTTP API. Cheap to clone; clones share connections and the bound on queries under way.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Prometheus {
-    client: reqwest::Client,
-    /// Where range queries go; may hold a user and a password.
-    endpoint: Url,
+    /// Knows the address, which may hold a user and a password.
+    client: prometheus_http_query::Client,
     /// The server's address as it may be shown.
     shown: String,
     timeout: Duration,
@@ -53,17 +52,17 @@ impl Prometheus {
     /// # Errors
     /// When the URL is not an http or https URL with a host, or TLS cannot be set up.
     pub fn new(url: &str, timeout: Duration) -> Result<Self, Error> {
-        let mut endpoint = Url::parse(url).map_err(|_| Error::Url("is no URL"))?;
-        if !matches!(endpoint.scheme(), "http" | "https") {
+        let mut base = Url::parse(url).map_err(|_| Error::Url("is no URL"))?;
+        if !matches!(base.scheme(), "http" | "https") {
             return Err(Error::Url("is not an http or https URL"));
         }
-        endpoint.set_query(None);
-        endpoint.set_fragment(None);
-        let mut public = endpoint.clone();
+        base.set_query(None);
+        base.set_fragment(None);
+        base.set_path(base.path().trim_end_matches('/').to_owned().as_str());
+        let mut public = base.clone();
         // Setting these fails only on URLs without a host, and http URLs have one.
         let _ = (public.set_username(""), public.set_password(None));
         let shown = public.as_str().trim_end_matches('/').to_owned();
-        endpoint.set_path(&format!("{}/api/v1/query_range", endpoint.path().trim_end_matches('/')));
 
         let mut builder = reqwest::Client::builder()
             .no_proxy()
@@ -71,12 +70,14 @@ impl Prometheus {
             .connect_timeout(timeout)
             .timeout(timeout)
             .pool_max_idle_per_host(MAX_CONCURRENT);
-        if endpoint.scheme() == "http" {
+        if base.scheme() == "http" {
             // Without this the client needs the system's CA certificates, which a minimal image does not have.
             builder = builder.tls_certs_only([]);
         }
-        let client = builder.build().map_err(|error| Error::Client(chain(error)))?;
-        Ok(Self { client, endpoint, shown, timeout, gate: Arc::new(Semaphore::new(MAX_CONCURRENT)) })
+        let http = builder.build().map_err(|error| Error::Client(causes(&error)))?;
+        let client =
+            prometheus_http_query::Client::from(http, base.as_str()).map_err(|_| Error::Url("is no URL"))?;
+        Ok(Self { client, shown, timeout, gate: Arc::new(Semaphore::new(MAX_CONCURRENT)) })
     }
 
     /// The samples of a query at `start`, `start + step` and so on to `end`: at most [`MAX_TICKS`] ticks, all multiples of `step`.
@@ -89,18 +90,12 @@ impl Prometheus {
         };
         // The semaphore is never closed, so that this is always a permit.
         let _permit = self.gate.acquire().await;
-        let form = [
-            ("query", query),
-            ("start", &start.to_string()),
-            ("end", &end.to_string()),
-            ("step", &step.to_string()),
-            // Prometheus then stops working on what nobody waits for any more.
-            ("timeout", &format!("{}ms", self.timeout.as_millis())),
-        ];
-        // POST, since a query may be longer than servers and proxies allow a URL to be.
-        match self.client.post(self.endpoint.clone()).form(&form).send().await {
+        // POST, since a query may be longer than servers and proxies allow a URL to be; raw, since the library would read an
+        // answer of any size. With the time-out Prometheus stops working on what nobody waits for any more.
+        let timeout = i64::try_from(self.timeout.as_millis()).unwrap_or(i64::MAX);
+        match self.client.query_range(query, start, end, step as f64).timeout(timeout).post_raw().await {
             Ok(response) => self.read(query, grid, response).await,
-            Err(error) => self.unreached(query, error),
+            Err(error) => self.unreached(query, &error),
         }
     }
 
@@ -117,7 +112,7 @@ impl Prometheus {
                     }
                 }
                 Ok(None) => break,
-                Err(error) => return self.unreached(query, error),
+                Err(error) => return self.unreached(query, &error),
             }
         }
         let reply = (!too_long).then(|| serde_json::from_slice::<Reply>(&body));
@@ -171,8 +166,11 @@ impl Prometheus {
         }
     }
 
-    fn unreached(&self, query: &str, error: reqwest::Error) -> Answer {
-        Answer::Down(if error.is_timeout() {
+    fn unreached(&self, query: &str, error: &(dyn StdError + 'static)) -> Answer {
+        let timed_out = with_sources(error)
+            .filter_map(|error| error.downcast_ref::<reqwest::Error>())
+            .any(reqwest::Error::is_timeout);
+        Answer::Down(if timed_out {
             format!(
                 "{} did not answer within {:?}; if only this query is slow, simplify it: {}",
                 self.shown,
@@ -180,7 +178,7 @@ impl Prometheus {
                 quote(query)
             )
         } else {
-            format!("{} cannot be reached: {}", self.shown, chain(error))
+            format!("{} cannot be reached: {}", self.shown, causes(error))
         })
     }
 }
@@ -189,16 +187,17 @@ fn malformed(query: &str, what: String) -> Answer {
     Answer::Malformed(format!("{what}; the query is {}", quote(query)))
 }
 
-/// An error and its causes, without the URL, which may hold a password.
-fn chain(error: reqwest::Error) -> String {
-    let error = error.without_url();
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
+/// The causes of an error, without what reqwest itself says, since it names the URL, which may hold a password.
+fn causes(error: &(dyn StdError + 'static)) -> String {
+    let told: Vec<_> = with_sources(error)
+        .filter(|error| !error.is::<reqwest::Error>())
+        .map(ToString::to_string)
+        .collect();
+    told.join(": ")
+}
+
+fn with_sources<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
+    iter::successors(Some(error), |error| (*error).source())
 }
 
 /// The ticks that were asked for.
