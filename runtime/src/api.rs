@@ -1,7 +1,7 @@
 //! What clients and operators see: the routes of both ports, their answers and their errors (RFC 9457).
 //!
 //! Bounds everything that a client controls: body size, time to send it, queries at once. Sockets, and the time to
-//! send a header, belong to [`crate::server`].
+//! send a header, belong to `server`.
 
 use std::{
     borrow::Cow,

@@ -24,7 +24,7 @@ const POLL: Duration = Duration::from_secs(5);
 /// Writers that truncate and write make several events: the file is read when it was quiet for so long.
 const SETTLE: Duration = Duration::from_millis(20);
 /// A directory in which something changes all the time must not put the reading off for ever.
-const MOST_SETTLES: usize = 5;
+const MOST_SETTLE: Duration = Duration::from_millis(100);
 
 /// Reads a configuration file, but never more than one byte above what is taken.
 pub(crate) fn read(path: &Path) -> std::io::Result<Vec<u8>> {
@@ -61,11 +61,9 @@ pub(crate) async fn watch(runtime: Arc<Runtime>, path: PathBuf) {
             Applied::Same | Applied::StillRejected => {}
         }
         if timeout(POLL, changed.notified()).await.is_ok() {
-            for _ in 0..MOST_SETTLES {
-                if timeout(SETTLE, changed.notified()).await.is_err() {
-                    break;
-                }
-            }
+            let quiet = async { while timeout(SETTLE, changed.notified()).await.is_ok() {} };
+            // Read it anyway when the time is over: half a file is refused, and the rest makes another event.
+            let _ = timeout(MOST_SETTLE, quiet).await;
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Sockets: the accept loops of both ports, the life of a connection, and the graceful end.
 //!
-//! Owns every downstream socket; what is said on it belongs to [`crate::api`]. On SIGTERM readiness goes first, then,
+//! Owns every downstream socket; what is said on it belongs to `api`. On SIGTERM readiness goes first, then,
 //! after `drain.delay`, the listener, and last the connections, each after the answer that it is waiting for.
 
 use std::{

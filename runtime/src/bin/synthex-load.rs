@@ -53,7 +53,7 @@ enum Arguments {
     },
     /// Send queries at a rate, whatever becomes of them, and report each second.
     Run {
-        /// http://host[:port] to send queries to; may be given several times.
+        /// Where to send queries, such as http://host:8080; may be given several times.
         #[arg(long, required = true)]
         target: Vec<Uri>,
         /// Queries a second to each target.
@@ -80,7 +80,7 @@ enum Arguments {
         /// Address for /metrics and /livez; without it there is none.
         #[arg(long)]
         listen: Option<SocketAddr>,
-        /// Makes arrivals and queries the same in each run.
+        /// Makes arrivals and queries the same in each run, but for queries that are all new.
         #[arg(long, default_value_t = 1)]
         seed: u64,
         /// How to report.

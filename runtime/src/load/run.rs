@@ -79,7 +79,7 @@ pub struct Plan {
     pub distinct: u64,
     /// Bytes of content in a query.
     pub size: usize,
-    /// Makes arrivals and queries the same in each run.
+    /// Makes arrivals and queries the same in each run, but for queries that are all new.
     pub seed: u64,
 }
 
@@ -228,7 +228,10 @@ async fn send(target: Arc<Target>, plan: Plan, seed: u64) {
     let slots = Arc::new(Semaphore::new(bound.min(MAX_IN_FLIGHT)));
     let end = plan.duration.map(|duration| Instant::now() + duration);
     let mut arrival = Instant::now();
-    for number in 0_u64.. {
+    // Unlike those of every other run and target, which a cache may have seen.
+    let run = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |age| age.as_nanos() as u64);
+    let mut fresh = Random(run ^ seed.rotate_left(32) ^ u64::from(std::process::id()));
+    loop {
         let gap = match plan.arrivals {
             Arrivals::Uniform => 1.0,
             Arrivals::Poisson => -random.unit().ln(),
@@ -237,7 +240,7 @@ async fn send(target: Arc<Target>, plan: Plan, seed: u64) {
         if end.is_some_and(|end| arrival >= end) {
             return;
         }
-        let query = if plan.distinct == 0 { number } else { random.next() % plan.distinct };
+        let query = if plan.distinct == 0 { fresh.next() } else { random.next() % plan.distinct };
         // A plan that is late catches up without sleeping; the latencies tell.
         if arrival > Instant::now() {
             sleep_until(arrival).await;
