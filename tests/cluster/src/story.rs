@@ -186,7 +186,7 @@ impl Account {
                 .insert(id, Decision { what: text("what"), why: text("why"), time: text("time") })
                 .is_none();
             if new && decision["what"] == "OptimizationRolledBack" {
-                self.switched_off_after = switched_off_after(cluster, &text("time"))?;
+                self.switched_off_after = switched_off_after(cluster)?;
             }
         }
         self.rollout = rollout.clone();
@@ -227,19 +227,21 @@ impl Account {
     }
 }
 
-/// How long after a decision the last canary pod took a new configuration, by the pods' own logs. The pods are about to be
-/// replaced, and still there since they drain.
-fn switched_off_after(cluster: &Cluster, decided: &str) -> Result<Option<Duration>> {
+/// How long after the decision to roll back the last of the pods that ran with the guilty took a configuration without it: by
+/// the event of the decision and the pods' own logs. The pods are about to be replaced, and still there since they drain.
+fn switched_off_after(cluster: &Cluster) -> Result<Option<Duration>> {
+    let chosen = ".items[?(@.reason==\"OptimizationRolledBack\")].eventTime";
+    let decided = cluster.kubectl(&["-n", NAMESPACE, "get", "events.events.k8s.io", &format!("--output=jsonpath={{{chosen}}}")])?;
+    let Ok(decided) = unix_seconds(decided.split_whitespace().next_back().unwrap_or_default()) else { return Ok(None) };
     let canary = "synthex.io/variant in (canary,staging-canary)";
-    let logs = cluster.kubectl(&["-n", NAMESPACE, "logs", "--selector", canary, "--tail=100", "--prefix"])?;
-    let decided = unix_seconds(decided)?;
+    let pods = cluster.kubectl(&["-n", NAMESPACE, "get", "pods", "--selector", canary, "--output=jsonpath={.items[*].metadata.name}"])?;
     let mut last: Option<f64> = None;
-    for line in logs.lines().filter(|line| line.contains("configuration applied")) {
-        let Some(time) = line.split_whitespace().find_map(|word| unix_seconds(word).ok()) else { continue };
-        // The decision bears the time at which the run began that took it.
-        if time >= decided {
-            last = Some(last.map_or(time, |last| last.max(time)));
-        }
+    for pod in pods.split_whitespace() {
+        // A pod that has not started yet has never had the guilty, and has no log.
+        let Ok(log) = cluster.kubectl(&["-n", NAMESPACE, "logs", pod, "--tail=200"]) else { continue };
+        let applied = log.lines().filter(|line| line.contains("configuration applied"));
+        let times = applied.filter_map(|line| unix_seconds(line.split_whitespace().next()?).ok()).filter(|time| *time >= decided);
+        last = times.chain(last).reduce(f64::max);
     }
     Ok(last.map(|time| Duration::from_secs_f64(time - decided)))
 }
