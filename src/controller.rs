@@ -9,10 +9,7 @@ use std::{
 };
 
 use futures::{StreamExt, stream};
-use k8s_openapi::{
-    api::{apps::v1::Deployment, core::v1::Pod},
-    jiff::SignedDuration,
-};
+use k8s_openapi::api::{apps::v1::Deployment, core::v1::Pod};
 use kube::{
     Api, Client, ResourceExt,
     api::PartialObjectMeta,
@@ -30,9 +27,10 @@ use crate::{
     decision::{
         judge,
         machine::{self, Inquiry, Plan},
-        render::{MANAGED_BY, ROLLOUT_LABEL},
+        render::{MANAGED_BY, ROLLOUT_LABEL, Variant},
         report::worth_writing,
         resolve::{self, Defaults, Rollout},
+        writes,
     },
     effects::{self, Error, apply, clock, observe, prometheus::Prometheus, report},
     metrics::Metrics,
@@ -42,8 +40,6 @@ use crate::{
 const CONCURRENCY: u16 = 8;
 /// How soon a reconciliation that failed is tried again.
 const RETRY: Duration = Duration::from_secs(5);
-/// Decisions older than this are not announced after a restart: their events have been made, or have expired.
-const ANNOUNCE: SignedDuration = SignedDuration::from_secs(600);
 /// Prometheus servers whose clients are kept.
 const CLIENTS: usize = 64;
 
@@ -159,7 +155,7 @@ async fn reconcile(
     let asks = resolved
         .as_ref()
         .ok()
-        .filter(|_| asks_pods(object.status.as_ref()))
+        .filter(|_| object.status.as_ref().is_some_and(machine::asks_pods))
         .map(|rollout| rollout.admin_port);
     let mut world = observe::observe(&context.client, &context.http, &object, asks).await?;
     let now = clock::now();
@@ -170,7 +166,7 @@ async fn reconcile(
         Ok(rollout) => {
             let judged = context.judge(rollout, &mut world.snapshot.status, now).await;
             let plan = machine::step(rollout, &world.snapshot, judged, now);
-            let created = apply::creates(&world, &plan);
+            let created = writes::creates(&world.objects, &plan);
             let foreign = observe::foreign(&context.client, &rollout.namespace, &created).await?;
             let plan = match foreign.is_empty() {
                 true => plan,
@@ -178,7 +174,8 @@ async fn reconcile(
                     machine::refuse(&world.snapshot, rollout.generation, &machine::conflict(&foreign), now)
                 }
             };
-            apply::apply(&context.client, rollout, &world, &plan, now).await?;
+            let writes = writes::writes(&rollout.name, &world.snapshot, &world.objects, &plan, now);
+            apply::apply(&context.client, &rollout.namespace, &writes).await?;
             plan
         }
     };
@@ -187,7 +184,8 @@ async fn reconcile(
             if object.spec.deletion_policy == DeletionPolicy::Delete
                 && let Ok(rollout) = &resolved
             {
-                apply::remove_all(&context.client, rollout, &world).await?;
+                let writes = writes::removals(&rollout.name, &world.objects, &Variant::ALL);
+                apply::apply(&context.client, &rollout.namespace, &writes).await?;
             }
             report::finalizer(&context.client, &object, false).await?;
             context.forget(&object.uid().unwrap_or_default());
@@ -206,14 +204,6 @@ async fn reconcile(
     Ok(Action::requeue(Duration::try_from(wait).unwrap_or(Duration::ZERO)))
 }
 
-/// Whether the configuration in force is worth asking the pods for: only while pods are being brought to one.
-fn asks_pods(status: Option<&RolloutStatus>) -> bool {
-    use crate::api::Step::{Deploying, Promoting, Restoring};
-    status
-        .and_then(|status| status.stage.as_ref())
-        .is_some_and(|stage| matches!(stage.step, Deploying | Promoting | Restoring))
-}
-
 impl Context {
     /// Asks Prometheus for the ticks since the last ones judged, and judges. Puts the evidence gathered since the checkpoint
     /// into `status` first.
@@ -223,11 +213,7 @@ impl Context {
         status: &mut RolloutStatus,
         now: k8s_openapi::jiff::Timestamp,
     ) -> Vec<KpiStatus> {
-        let key = status
-            .stage
-            .as_ref()
-            .map(|s| format!("{}/{}/{:?}", s.name, s.attempt, s.exposed_at))
-            .unwrap_or_default();
+        let key = machine::evidence_key(status);
         if let Some((known, kpis)) = lock(&self.evidence).get(&rollout.uid)
             && *known == key
         {
@@ -285,12 +271,7 @@ impl Context {
         }
         let uid = object.uid().unwrap_or_default();
         let announced = lock(&self.announced).get(&uid).copied();
-        let now = clock::now();
-        let new = plan.status.decisions.iter().filter(|decision| match announced {
-            Some(id) => decision.id > id,
-            None => now.duration_since(decision.time.0) < ANNOUNCE,
-        });
-        for decision in new {
+        for decision in machine::unannounced(&plan.status, announced, clock::now()) {
             tracing::info!(
                 namespace = object.namespace(),
                 name = object.name_any(),

@@ -30,6 +30,8 @@ pub const NOT_READY_LIMIT: SignedDuration = SignedDuration::from_secs(120);
 const POLL: SignedDuration = SignedDuration::from_secs(1);
 /// How often a rollout that waits for nothing is looked at, against missed events.
 const IDLE: SignedDuration = SignedDuration::from_secs(3600);
+/// Decisions older than this are not announced after a restart: their events have been made, or have expired.
+const ANNOUNCE: SignedDuration = SignedDuration::from_secs(600);
 /// Decisions kept in status.
 const DECISIONS: usize = 20;
 
@@ -108,6 +110,32 @@ pub fn inquiry(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Opt
         .collect();
     let alarm_at = judge::alarm_at(rollout.kpi_count(), rollout.stages.len(), stage.attempt);
     Some(Inquiry { kpis, arms, alarm_at, until, step })
+}
+
+/// Whether the configuration in force is worth asking the pods for: only while pods are being brought to one.
+pub fn asks_pods(status: &RolloutStatus) -> bool {
+    status
+        .stage
+        .as_ref()
+        .is_some_and(|stage| matches!(stage.step, Step::Deploying | Step::Promoting | Step::Restoring))
+}
+
+/// What evidence that is kept in memory belongs to: it is of no use to another stage, attempt or exposure.
+pub fn evidence_key(status: &RolloutStatus) -> String {
+    let stage = status.stage.as_ref();
+    stage.map(|stage| format!("{}/{}/{:?}", stage.name, stage.attempt, stage.exposed_at)).unwrap_or_default()
+}
+
+/// The decisions to be announced, where `announced` is the id of the last one that was, as far as that is remembered.
+pub fn unannounced(
+    status: &RolloutStatus,
+    announced: Option<i64>,
+    now: Timestamp,
+) -> impl Iterator<Item = &Decision> {
+    status.decisions.iter().filter(move |decision| match announced {
+        Some(id) => decision.id > id,
+        None => now.duration_since(decision.time.0) < ANNOUNCE,
+    })
 }
 
 /// Spacing of the tick grid, in seconds.

@@ -9,3 +9,4 @@ pub mod replicas;
 pub mod report;
 pub mod resolve;
 pub mod snapshot;
+pub mod writes;

@@ -1,6 +1,6 @@
 //! Reads the world: Kubernetes objects and the configuration that the runtime's pods have in force. Reads only.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
 use futures::{StreamExt, stream};
 use k8s_openapi::{
@@ -15,7 +15,6 @@ use kube::{
     api::{ListParams, PartialObjectMeta},
 };
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::{Error, timed};
 use crate::{
@@ -26,6 +25,7 @@ use crate::{
             VARIANT_LABEL, Variant,
         },
         snapshot::{self, Observed, Snapshot, Verb},
+        writes::Objects,
     },
 };
 
@@ -42,7 +42,7 @@ pub struct World {
     /// For decisions.
     pub snapshot: Snapshot,
     /// Deployments, ConfigMaps and Services of the rollout, by kind and name.
-    pub objects: BTreeMap<(String, String), Value>,
+    pub objects: Objects,
 }
 
 /// Reads everything that concerns a rollout. With `admin_port`, the pods are asked for the configuration in force.
@@ -139,10 +139,7 @@ where
     Ok(timed("list", api.list(&ListParams::default().labels(selector))).await?.items)
 }
 
-fn keep<K: Resource<DynamicType = ()> + Serialize>(
-    objects: &mut BTreeMap<(String, String), Value>,
-    found: Vec<K>,
-) {
+fn keep<K: Resource<DynamicType = ()> + Serialize>(objects: &mut Objects, found: Vec<K>) {
     for object in found {
         let key = (K::kind(&()).into_owned(), object.name_any());
         // A typed object that cannot be written as JSON does not exist; were there one, it would only be applied again.
