@@ -57,12 +57,15 @@ async fn run<T>(exchange: Exchange, call: impl AsyncFnOnce(Client) -> T) -> T {
         let mut handle = pin!(handle);
         let (request, respond) = handle.next_request().await.expect("a call");
         assert_eq!((request.method().as_str(), request.uri().path()), (exchange.method, exchange.path));
-        let body: Value = serde_json::from_slice(&request.into_body().collect_bytes().await.unwrap()).unwrap();
+        let body: Value =
+            serde_json::from_slice(&request.into_body().collect_bytes().await.unwrap()).unwrap();
         for (pointer, wanted) in exchange.sent {
             assert_eq!(body.pointer(pointer), Some(&wanted), "{pointer} in {body}");
         }
         let (status, body) = exchange.answer;
-        respond.send_response(Response::builder().status(status).body(Body::from(body.to_string().into_bytes())).unwrap());
+        respond.send_response(
+            Response::builder().status(status).body(Body::from(body.to_string().into_bytes())).unwrap(),
+        );
         assert!(handle.next_request().await.is_none(), "one call is wanted, and no more");
     });
     let result = call(Client::new(service, "shop")).await;
@@ -78,7 +81,10 @@ async fn a_status_is_written_only_over_the_version_that_was_read() {
         sent: vec![("/metadata/resourceVersion", json!("7"))],
         answer: refusal(StatusCode::CONFLICT, "Conflict"),
     };
-    let result = run(exchange, async |client| report::write_status(&client, &object(), RolloutStatus::default()).await).await;
+    let result = run(exchange, async |client| {
+        report::write_status(&client, &object(), RolloutStatus::default()).await
+    })
+    .await;
     assert!(result.as_ref().is_err_and(Error::is_conflict), "{result:?}");
 }
 
@@ -101,15 +107,21 @@ async fn an_event_is_named_by_its_decision_and_an_event_that_is_there_is_no_erro
 
 #[tokio::test]
 async fn an_event_that_is_refused_is_an_error() {
-    let exchange =
-        Exchange { method: "POST", path: EVENTS, sent: vec![], answer: refusal(StatusCode::FORBIDDEN, "Forbidden") };
+    let exchange = Exchange {
+        method: "POST",
+        path: EVENTS,
+        sent: vec![],
+        answer: refusal(StatusCode::FORBIDDEN, "Forbidden"),
+    };
     let result = run(exchange, async |client| report::announce(&client, &object(), &decision()).await).await;
     assert_eq!(result.unwrap_err().kind(), "api");
 }
 
 #[tokio::test]
 async fn the_finalizer_leaves_others_and_guards_against_a_race() {
-    for (wanted, list) in [(true, json!(["others/finalizer", report::FINALIZER])), (false, json!(["others/finalizer"]))] {
+    for (wanted, list) in
+        [(true, json!(["others/finalizer", report::FINALIZER])), (false, json!(["others/finalizer"]))]
+    {
         let exchange = Exchange {
             method: "PATCH",
             path: OBJECT,
@@ -121,13 +133,25 @@ async fn the_finalizer_leaves_others_and_guards_against_a_race() {
 }
 
 #[tokio::test]
-async fn an_answered_verb_is_removed_and_no_other_annotation() {
-    let exchange = Exchange {
-        method: "PATCH",
-        path: OBJECT,
-        sent: vec![("/metadata", json!({ "annotations": { "synthex.io/abort": null } }))],
-        answer: (StatusCode::OK, serde_json::to_value(object()).unwrap()),
-    };
-    let verbs = [Verb::Abort("canary".into())];
-    run(exchange, async |client| report::answer(&client, &object(), &verbs).await).await.unwrap();
+async fn an_answered_verb_is_removed_unless_the_user_has_put_another() {
+    let answers = [
+        (StatusCode::OK, serde_json::to_value(object()).unwrap()),
+        refusal(StatusCode::UNPROCESSABLE_ENTITY, "Invalid"),
+    ];
+    for answer in answers {
+        let path = json!("/metadata/annotations/synthex.io~1abort");
+        let exchange = Exchange {
+            method: "PATCH",
+            path: OBJECT,
+            sent: vec![
+                ("/0", json!({ "op": "test", "path": path, "value": "canary" })),
+                ("/1", json!({ "op": "remove", "path": path })),
+            ],
+            answer,
+        };
+        let mut object = object();
+        object.metadata.annotations = Some([("synthex.io/abort".into(), "canary".into())].into());
+        let verbs = [Verb::Abort("canary".into())];
+        run(exchange, async |client| report::answer(&client, &object, &verbs).await).await.unwrap();
+    }
 }

@@ -22,7 +22,10 @@ fn the_harmful_optimization_alone_is_rolled_back_though_the_operator_is_killed()
     let cluster = Cluster::connect()?;
     let killed = Cell::new(false);
     let account = story::tell(&cluster, &story::quickstart()?, |look| {
-        if !killed.get() && look.status("/stage/name") == "progressive-25" && look.status("/stage/step") == "Observing" {
+        if !killed.get()
+            && look.status("/stage/name") == "progressive-25"
+            && look.status("/stage/step") == "Observing"
+        {
             kill_operator(&cluster)?;
             killed.set(true);
         }
@@ -31,9 +34,12 @@ fn the_harmful_optimization_alone_is_rolled_back_though_the_operator_is_killed()
     ensure!(killed.get(), "the operator was never killed");
     story::check_harmful(&cluster, &account)?;
     report("harmful", &account);
-    for (stage, variant) in
-        [("canary", "canary"), ("progressive-25", "canary"), ("progressive-50", "canary"), ("progressive-100", "canary")]
-    {
+    for (stage, variant) in [
+        ("canary", "canary"),
+        ("progressive-25", "canary"),
+        ("progressive-50", "canary"),
+        ("progressive-100", "canary"),
+    ] {
         baked(&cluster, &account, stage, variant, 30.0)?;
     }
     Ok(())
@@ -60,7 +66,11 @@ fn a_harmless_rollout_holds_while_prometheus_is_away_and_completes() -> Result<(
             None => {}
             Some((since, observed)) => {
                 let elapsed = since.elapsed();
-                ensure!(in_canary, "the rollout went on while Prometheus was away: {}", look.rollout["status"]);
+                ensure!(
+                    in_canary,
+                    "the rollout went on while Prometheus was away: {}",
+                    look.rollout["status"]
+                );
                 // What was under way when it was cut may still arrive; after that the clock stands.
                 let observed = match elapsed > Duration::from_secs(60) {
                     true if observed.is_empty() => {
@@ -68,7 +78,11 @@ fn a_harmless_rollout_holds_while_prometheus_is_away_and_completes() -> Result<(
                         look.status("/stage/observed").to_owned()
                     }
                     true => {
-                        ensure!(look.status("/stage/observed") == observed, "the bake clock went on: {}", look.rollout["status"]);
+                        ensure!(
+                            look.status("/stage/observed") == observed,
+                            "the bake clock went on: {}",
+                            look.rollout["status"]
+                        );
                         observed
                     }
                     false => observed,
@@ -112,7 +126,17 @@ fn telemetry(look: &Look) -> String {
 
 fn kill_operator(cluster: &Cluster) -> Result<()> {
     let selector = "app.kubernetes.io/name=synthex-operator";
-    let args = ["-n", "synthex-system", "delete", "pod", "--selector", selector, "--grace-period=0", "--force", "--wait=false"];
+    let args = [
+        "-n",
+        "synthex-system",
+        "delete",
+        "pod",
+        "--selector",
+        selector,
+        "--grace-period=0",
+        "--force",
+        "--wait=false",
+    ];
     cluster.kubectl(&args).map(drop)
 }
 
@@ -124,7 +148,10 @@ fn scale_prometheus(cluster: &Cluster, replicas: u32) -> Result<()> {
 /// Whether Prometheus' own timestamps tell of at least `seconds` of samples between the start of a stage's evidence and its end.
 fn baked(cluster: &Cluster, account: &Account, stage: &str, variant: &str, seconds: f64) -> Result<()> {
     let time = |what: &str, last: bool| -> Result<f64> {
-        let mut found = account.decisions.values().filter(|d| d.what == what && d.why.contains(&format!("stage {stage} ")));
+        let mut found = account
+            .decisions
+            .values()
+            .filter(|d| d.what == what && d.why.contains(&format!("stage {stage} ")));
         let decision = if last { found.next_back() } else { found.next() };
         story::unix_seconds(&decision.with_context(|| format!("no {what} of {stage}"))?.time)
     };
@@ -132,7 +159,10 @@ fn baked(cluster: &Cluster, account: &Account, stage: &str, variant: &str, secon
     let from = time("StageRestarted", true).or_else(|_| time("StageStarted", false))? + WARM_UP;
     let to = time("StagePassed", true)?;
     let sampled = story::sampled_seconds(cluster, variant, from, to, 2.0 * INTERVAL)?;
-    ensure!(sampled >= seconds, "stage {stage} passed after {sampled:.1} s of samples, {seconds} s were asked");
+    ensure!(
+        sampled >= seconds,
+        "stage {stage} passed after {sampled:.1} s of samples, {seconds} s were asked"
+    );
     println!("stage {stage}: {sampled:.1} s of samples");
     Ok(())
 }

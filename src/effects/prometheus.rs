@@ -189,14 +189,14 @@ fn malformed(query: &str, what: String) -> Answer {
 
 /// The causes of an error, without what reqwest itself says, since it names the URL, which may hold a password.
 fn causes(error: &(dyn StdError + 'static)) -> String {
-    let told: Vec<_> = with_sources(error)
-        .filter(|error| !error.is::<reqwest::Error>())
-        .map(ToString::to_string)
-        .collect();
+    let told: Vec<_> =
+        with_sources(error).filter(|error| !error.is::<reqwest::Error>()).map(ToString::to_string).collect();
     told.join(": ")
 }
 
-fn with_sources<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
+fn with_sources<'a>(
+    error: &'a (dyn StdError + 'static),
+) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
     iter::successors(Some(error), |error| (*error).source())
 }
 

@@ -231,16 +231,34 @@ impl Account {
 /// the event of the decision and the pods' own logs. The pods are about to be replaced, and still there since they drain.
 fn switched_off_after(cluster: &Cluster) -> Result<Option<Duration>> {
     let chosen = ".items[?(@.reason==\"OptimizationRolledBack\")].eventTime";
-    let decided = cluster.kubectl(&["-n", NAMESPACE, "get", "events.events.k8s.io", &format!("--output=jsonpath={{{chosen}}}")])?;
-    let Ok(decided) = unix_seconds(decided.split_whitespace().next_back().unwrap_or_default()) else { return Ok(None) };
+    let decided = cluster.kubectl(&[
+        "-n",
+        NAMESPACE,
+        "get",
+        "events.events.k8s.io",
+        &format!("--output=jsonpath={{{chosen}}}"),
+    ])?;
+    let Ok(decided) = unix_seconds(decided.split_whitespace().next_back().unwrap_or_default()) else {
+        return Ok(None);
+    };
     let canary = "synthex.io/variant in (canary,staging-canary)";
-    let pods = cluster.kubectl(&["-n", NAMESPACE, "get", "pods", "--selector", canary, "--output=jsonpath={.items[*].metadata.name}"])?;
+    let pods = cluster.kubectl(&[
+        "-n",
+        NAMESPACE,
+        "get",
+        "pods",
+        "--selector",
+        canary,
+        "--output=jsonpath={.items[*].metadata.name}",
+    ])?;
     let mut last: Option<f64> = None;
     for pod in pods.split_whitespace() {
         // A pod that has not started yet has never had the guilty, and has no log.
         let Ok(log) = cluster.kubectl(&["-n", NAMESPACE, "logs", pod, "--tail=200"]) else { continue };
         let applied = log.lines().filter(|line| line.contains("configuration applied"));
-        let times = applied.filter_map(|line| unix_seconds(line.split_whitespace().next()?).ok()).filter(|time| *time >= decided);
+        let times = applied
+            .filter_map(|line| unix_seconds(line.split_whitespace().next()?).ok())
+            .filter(|time| *time >= decided);
         last = times.chain(last).reduce(f64::max);
     }
     Ok(last.map(|time| Duration::from_secs_f64(time - decided)))
