@@ -102,8 +102,8 @@ pub async fn run(context: Arc<Context>, namespace: Option<String>, stop: Cancell
         .await;
 }
 
-/// Metadata only: what is decided upon is read afresh by each reconciliation.
-fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<PartialObjectMeta<K>>
+/// The objects of a kind in a namespace, or in all. Metadata only: what is decided upon is read afresh by each reconciliation.
+pub fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<PartialObjectMeta<K>>
 where
     K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
 {

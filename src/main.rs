@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum};
-use kube::{Api, Client, CustomResourceExt, api::ListParams};
+use kube::{Client, CustomResourceExt, api::ListParams};
 use synthex_operator::{
     api::OptimizationRollout,
     controller::{self, Context},
@@ -21,6 +21,8 @@ use tokio_util::sync::CancellationToken;
 
 /// How long reconciliations under way may take after SIGTERM.
 const GRACE: Duration = Duration::from_secs(20);
+/// How soon it is tried again to list the custom resource.
+const RETRY: Duration = Duration::from_secs(5);
 
 #[derive(Parser)]
 #[command(version, about)]
@@ -101,12 +103,11 @@ async fn start(run: Run) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {
-        () = installed(&client) => {}
+        () = installed(&client, run.namespace.as_deref()) => {}
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     }
-    let work = controller::run(context, run.namespace, stop.clone());
-    let work = tokio::spawn(async move { work.await });
+    let work = tokio::spawn(controller::run(context, run.namespace, stop.clone()));
     health.ready.store(true, Ordering::Relaxed);
     tracing::info!("running");
     tokio::select! {
@@ -125,12 +126,12 @@ async fn start(run: Run) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits until the custom resource can be listed.
-async fn installed(client: &Client) {
-    let api = Api::<OptimizationRollout>::all(client.clone());
-    while let Err(error) = api.list_metadata(&ListParams::default().limit(1)).await {
+/// Waits until the custom resource can be listed where it is to be watched.
+async fn installed(client: &Client, namespace: Option<&str>) {
+    let api = controller::scoped::<OptimizationRollout>(client, namespace);
+    while let Err(error) = api.list(&ListParams::default().limit(1)).await {
         tracing::warn!(%error, "the custom resource cannot be listed; install crds/ or check the operator's RBAC");
-        tokio::time::sleep(Duration::from_secs(5)).await;
+        tokio::time::sleep(RETRY).await;
     }
 }
 

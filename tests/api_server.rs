@@ -1,6 +1,7 @@
 //! Tier 3: the operator against a real API server, under the RBAC that manifests/ ships. No node, so no pod ever runs.
 //!
 //! Needs a cluster (KUBECONFIG); `cargo cluster test` brings one up.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "these are tests, helpers too")]
 
 use std::{
     process::{Child, Command, Stdio},

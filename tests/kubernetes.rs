@@ -1,4 +1,5 @@
 //! Tier 2: exactly these calls to the API server, and what its answers mean. The API server is a tower-test mock.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "these are tests, helpers too")]
 
 use std::pin::pin;
 
