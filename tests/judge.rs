@@ -314,6 +314,34 @@ fn stale_samples_are_no_evidence_and_stop_the_bake_clock() {
 }
 
 #[test]
+fn after_a_gap_the_arms_are_compared_over_the_same_time_whichever_comes_back_first() {
+    let gap_then = |rows: &[[u64; 4]], back: [i64; 2]| {
+        let (errors, total) = grown(rows);
+        let mut fresh = times(&total, 1.0);
+        for series in &mut fresh {
+            let back = back[usize::from(series.pod.contains("baseline"))];
+            for (tick, sampled) in &mut series.points {
+                // Samples end with the first tick and come again with the tick `back`.
+                if (2..back).contains(&(*tick / STEP)) {
+                    *sampled = *tick as f64 - 100.0;
+                }
+            }
+        }
+        let answers = [Answer::Series(errors), Answer::Series(total), Answer::Series(fresh)];
+        let until = rows.len() as i64 * STEP;
+        fold(&ratio(1.25, 0.001), &arms(1, 1), Evidence::default(), &answers, 0, until, STEP).0
+    };
+    let start = [3, 20, 1, 25];
+    let at_once = gap_then(&[start, [0, 0, 0, 0], [0, 0, 0, 0], [9, 90, 4, 80]], [4, 4]);
+    let canary_first = gap_then(&[start, [0, 0, 0, 0], [8, 80, 0, 0], [1, 10, 4, 80]], [3, 4]);
+    let baseline_first = gap_then(&[start, [0, 0, 0, 0], [0, 0, 3, 70], [9, 90, 1, 10]], [4, 3]);
+    for seen in [canary_first, baseline_first] {
+        assert_eq!(seen.log_weights, at_once.log_weights);
+        assert_eq!((counts(&seen), seen.fresh_ticks, seen.carry), (counts(&at_once), 2, None));
+    }
+}
+
+#[test]
 fn arms_that_are_scraped_in_turn_are_compared_but_an_idle_arm_is_not() {
     let weighed = |rows: &[[u64; 4]]| {
         let (errors, total) = grown(rows);

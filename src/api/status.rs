@@ -257,8 +257,8 @@ pub struct Evidence {
     /// Events and requests of the baseline.
     #[serde(default)]
     pub baseline: Counts,
-    /// Counts of the last tick when only one arm had requests in it. They are compared together with those of the next tick, so
-    /// that arms whose scrapes fall into different ticks are still compared.
+    /// Counts that wait to be compared: of the last tick when only one arm had requests in it, or of a gap in the samples that
+    /// only one arm has come back from. They are compared together with those of the next fresh tick.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub carry: Option<Carry>,
     /// Samples in a row beyond a threshold.

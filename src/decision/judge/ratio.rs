@@ -93,15 +93,22 @@ impl Ratio<'_> {
                 continue;
             }
             evidence.last_tick = tick;
-            if read.faults[index] || !read.fresh[CANARY][index] || !read.fresh[BASELINE][index] {
+            if read.faults[index] {
                 evidence.carry = None;
                 continue;
             }
-            evidence.fresh_ticks += 1;
             let [canary, baseline] = read.counts[index].map(clamped);
             add(&mut evidence.canary, canary);
             add(&mut evidence.baseline, baseline);
-            self.weigh(&mut evidence, canary, baseline, r0);
+            if read.fresh[CANARY][index] && read.fresh[BASELINE][index] {
+                evidence.fresh_ticks += 1;
+                self.weigh(&mut evidence, canary, baseline, r0);
+            } else if canary.total > 0.0 || baseline.total > 0.0 {
+                // After a gap one arm may be back a tick before the other. Its increase over the gap waits for the other's.
+                let carry = evidence.carry.get_or_insert_default();
+                add(&mut carry.canary, canary);
+                add(&mut carry.baseline, baseline);
+            }
         }
         let health = read.health(self, &evidence, grid);
         (evidence, health)
