@@ -134,7 +134,7 @@ fn the_evidence_is_that_of_an_independent_computation() {
             (evidence, health) = fold(&kpi, &arms, evidence, &answers(&errors, &total), from, until, STEP);
             assert_eq!(health, AnswerHealth::Good, "{}", case.name);
             let seen = judge(&kpi, &arms, &evidence, &health, 8.0).log_evidence.unwrap();
-            let exact = log_mean_exp(&evidence.log_weights);
+            let exact = log_evidence(&evidence);
             assert!(
                 (exact - expected).abs() <= 1e-9 * expected.abs().max(1.0),
                 "{} at {tick}: {exact} {expected}",
@@ -151,9 +151,34 @@ fn the_evidence_is_that_of_an_independent_computation() {
     }
 }
 
-fn log_mean_exp(weights: &[f64]) -> f64 {
-    let highest = weights.iter().copied().fold(f64::MIN, f64::max);
-    highest + (weights.iter().map(|w| (w - highest).exp()).sum::<f64>() / weights.len() as f64).ln()
+fn log_evidence(evidence: &Evidence) -> f64 {
+    let weights = &evidence.log_weights;
+    let highest = weights.iter().copied().fold(0.0, f64::max);
+    let begun = weights.iter().map(|w| (w - highest).exp()).sum::<f64>() / weights.len() as f64;
+    let to_come = 0.5 / evidence.fresh_ticks.max(1) as f64;
+    highest + (begun + to_come * (-highest).exp()).ln()
+}
+
+#[test]
+fn harm_that_begins_late_is_found_as_well() {
+    let alarm_at = alarm_at(4, 5, 1);
+    let after = |healthy: usize| {
+        let rows = [vec![[4, 200, 4, 200]; healthy], vec![[80, 200, 4, 200]; 60]].concat();
+        let (errors, total) = grown(&rows);
+        let (kpi, arms) = (ratio(1.25, 0.001), arms(10, 10));
+        let answers = answers(&errors, &total);
+        let mut evidence = Evidence::default();
+        let alarm = (1..=rows.len()).find(|&tick| {
+            let (from, until) = ((tick as i64 - 1) * STEP, tick as i64 * STEP);
+            evidence = fold(&kpi, &arms, std::mem::take(&mut evidence), &answers, from, until, STEP).0;
+            evidence.peak >= alarm_at
+        });
+        alarm.expect("harm is found") - healthy
+    };
+    assert_eq!(after(0), 1);
+    // After a day (5,760 ticks of 15 s) it takes minutes, not another day: as long as the difference over the whole stage needs to
+    // reach the minimum effect.
+    assert_eq!(after(5760), 16);
 }
 
 #[test]
@@ -347,7 +372,8 @@ fn arms_that_are_scraped_in_turn_are_compared_but_an_idle_arm_is_not() {
         let (errors, total) = grown(rows);
         folded(&errors, &total, rows.len() as i64).0
     };
-    let together = weighed(&[[3, 20, 1, 25]]);
+    let quiet = [0, 0, 0, 0];
+    let together = weighed(&[quiet, [3, 20, 1, 25]]);
     for rows in [[[3, 20, 0, 0], [0, 0, 1, 25]], [[0, 0, 1, 25], [3, 20, 0, 0]]] {
         let in_turn = weighed(&rows);
         assert_eq!(in_turn.log_weights, together.log_weights);
@@ -355,10 +381,10 @@ fn arms_that_are_scraped_in_turn_are_compared_but_an_idle_arm_is_not() {
     }
     // Only one tick waits: the older ones are counted, not compared.
     let idle = weighed(&[[0, 0, 9, 50], [0, 0, 1, 25], [3, 20, 0, 0]]);
-    assert_eq!(idle.log_weights, together.log_weights);
+    assert_eq!(idle.log_weights, weighed(&[quiet, quiet, [3, 20, 1, 25]]).log_weights);
     assert_eq!(counts(&idle), [3.0, 20.0, 10.0, 75.0]);
     let nothing = weighed(&[[0, 0, 1, 25], [0, 0, 0, 0], [3, 20, 0, 0]]);
-    assert_eq!(nothing.log_weights, [0.0; 7]);
+    assert_eq!(nothing.log_weights, weighed(&[quiet; 3]).log_weights);
 }
 
 #[test]
@@ -916,7 +942,7 @@ proptest! {
             folded(&errors, &total, rows.len() as i64).0
         };
         let (before, after) = (weigh(&rows), weigh(&worse));
-        prop_assert!(log_mean_exp(&after.log_weights) >= log_mean_exp(&before.log_weights) - 1e-9);
+        prop_assert!(log_evidence(&after) >= log_evidence(&before) - 1e-9);
         prop_assert!(after.peak >= before.peak - 1e-9);
     }
 }

@@ -3,7 +3,8 @@
 
 The operator adds up logarithms of ratios in f64. Here every tick's factor is the quotient of two binomial probabilities (the
 coefficient included), the factors are multiplied, and the mixture is averaged, all in decimals of 60 digits; one logarithm is
-taken at the end. Plain Python 3, no packages.
+taken at the end. The prior over the tick at which harm begins is written out as a sum over all beginnings, each with a product of
+its own. Plain Python 3, no packages.
 """
 
 import json
@@ -21,17 +22,24 @@ def tolerated(r0, tau, kc, kb):
     return max(Decimal(r0), spread.exp())
 
 
+def prior(n):
+    """Probability that harm begins with tick n."""
+    return Decimal(1) / 2 if n == 1 else Decimal(1) / 2 / ((n - 1) * n)
+
+
 def binomial(k, m, share):
     return math.comb(m, k) * share**k * (1 - share) ** (m - k)
 
 
 def evidence(ticks, r0, effect):
     """The natural logarithm of the evidence after each tick, and its peak while the difference mattered."""
-    wealth = [Decimal(1)] * len(GRID)
+    # For each beginning: its prior probability, and for each ratio the product of the factors since.
+    begun = []
     sums = [0, 0, 0, 0]
     waiting = None
     logs, peak = [], Decimal(0)
-    for tick in ticks:
+    for n, tick in enumerate(ticks, 1):
+        begun.append((prior(n), [Decimal(1)] * len(GRID)))
         sums = [a + b for a, b in zip(sums, tick)]
         xc, nc, xb, nb = [a + b for a, b in zip(tick, waiting or (0, 0, 0, 0))]
         waiting = None
@@ -39,10 +47,11 @@ def evidence(ticks, r0, effect):
             waiting = tick if tick[1] or tick[3] else None
         elif xc + xb:
             null = binomial(xc, xc + xb, r0 * nc / (r0 * nc + nb))
-            for j, g in enumerate(GRID):
-                r = r0 * g
-                wealth[j] *= binomial(xc, xc + xb, r * nc / (r * nc + nb)) / null
-        log = (sum(wealth) / len(GRID)).ln()
+            factors = [binomial(xc, xc + xb, r0 * g * nc / (r0 * g * nc + nb)) / null for g in GRID]
+            for _, wealth in begun:
+                wealth[:] = [w * f for w, f in zip(wealth, factors)]
+        mixed = sum(probability * sum(wealth) / len(GRID) for probability, wealth in begun)
+        log = (mixed + 1 - sum(probability for probability, _ in begun)).ln()
         logs.append(log)
         sxc, snc, sxb, snb = sums
         if snc and snb and Decimal(sxc) / snc - Decimal(sxb) / snb >= Decimal(effect):
@@ -73,6 +82,7 @@ CASES = [
     ("arms scraped in turn", 1.25, 0.001, 1, 1, [(3, 20, 0, 0), (0, 0, 0, 25)] * 20),
     ("one arm idle for long", 1.25, 0.001, 1, 1, [(0, 0, 1, 30)] * 10 + [(9, 30, 0, 30)] * 5 + [(5, 5, 0, 0)] * 3),
     ("every request fails on both", 1.25, 0.001, 3, 3, [(50, 50, 70, 70)] * 10),
+    ("harm begins late", 1.25, 0.001, 10, 10, stream(9, 150, 200, 200, 0.02, 0.02) + stream(10, 30, 200, 200, 0.3, 0.02)),
     ("nothing ever fails", 1.25, 0.001, 3, 3, [(0, 50, 0, 70)] * 10),
 ]
 

@@ -290,7 +290,7 @@ pub fn judge(kpi: &Kpi, arms: &Arms, evidence: &Evidence, health: &AnswerHealth,
         message,
         canary: finding.canary.map(rounded),
         baseline: finding.baseline.map(rounded),
-        log_evidence: ratio.then(|| rounded(ratio::log_evidence(&evidence.log_weights))),
+        log_evidence: ratio.then(|| rounded(ratio::log_evidence(evidence))),
         alarm_at: ratio.then(|| rounded(alarm_at)),
         evidence: Some(evidence.clone()),
     }

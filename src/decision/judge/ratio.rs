@@ -4,6 +4,9 @@
 //! arms and on the ratio of the error rates, but not on the common rate: drift and bursts that both arms see cancel. The evidence
 //! is a mixture of likelihood ratios, a supermartingale while the ratio is within the tolerance, so that by Ville's inequality it
 //! ever reaches 1/alpha with a probability of at most alpha, however often one looks.
+//!
+//! The mixture is over the ratio and over the tick at which harm begins. With the first tick alone, a day without harm would weigh
+//! against harm that begins in the evening: in a long stage the weights fall without end.
 
 use std::f64::consts::PI;
 
@@ -13,6 +16,10 @@ use super::{AnswerHealth, Arm, Arms, Finding, Grid, Kpi, Series, queries, quote}
 
 /// Alternatives of the mixture, as multiples of the tolerated ratio; equal prior weights.
 const ALTERNATIVES: [f64; 7] = [1.25, 1.6, 2.0, 3.0, 5.0, 10.0, 30.0];
+
+/// Prior probability that harm begins with the first tick. The rest is spread over the later ones: tick n has the share
+/// 1/((n-1)n) of it, so that 1/n is left after tick n, and all of it together is no more than 1.
+const FROM_THE_START: f64 = 0.5;
 
 /// Probability that any KPI of a healthy rollout ever alarms.
 const ALPHA: f64 = 0.01;
@@ -85,7 +92,7 @@ impl Ratio<'_> {
         if evidence.log_weights.len() != ALTERNATIVES.len()
             || !evidence.log_weights.iter().all(|w| w.is_finite())
         {
-            evidence.log_weights = vec![0.0; ALTERNATIVES.len()];
+            evidence.log_weights = vec![FROM_THE_START.ln(); ALTERNATIVES.len()];
         }
         for index in 1..grid.len() {
             let tick = grid.tick(index);
@@ -102,6 +109,7 @@ impl Ratio<'_> {
             add(&mut evidence.baseline, baseline);
             if read.fresh[CANARY][index] && read.fresh[BASELINE][index] {
                 evidence.fresh_ticks += 1;
+                begin(&mut evidence);
                 self.weigh(&mut evidence, canary, baseline, r0);
             } else if canary.total > 0.0 || baseline.total > 0.0 {
                 // After a gap one arm may be back a tick before the other. Its increase over the gap waits for the other's.
@@ -138,26 +146,44 @@ impl Ratio<'_> {
             && baseline.total > 0.0
             && canary.events / canary.total - baseline.events / baseline.total >= self.minimum_effect
         {
-            evidence.peak = evidence.peak.max(log_evidence(&evidence.log_weights));
+            evidence.peak = evidence.peak.max(log_evidence(evidence));
         }
     }
 }
 
-/// Natural logarithm of the evidence: that of the mean of the alternatives' weights. 0 at the start.
-pub(super) fn log_evidence(log_weights: &[f64]) -> f64 {
-    let highest = log_weights.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+/// Adds to each alternative the prior weight of harm that begins with this tick.
+fn begin(evidence: &mut Evidence) {
+    let tick = evidence.fresh_ticks as f64;
+    if tick > 1.0 {
+        let weight = ((1.0 - FROM_THE_START) / ((tick - 1.0) * tick)).ln();
+        for log_weight in &mut evidence.log_weights {
+            *log_weight = log_sum(*log_weight, weight);
+        }
+    }
+}
+
+fn log_sum(a: f64, b: f64) -> f64 {
+    a.max(b) + (-(a - b).abs()).exp().ln_1p()
+}
+
+/// Natural logarithm of the evidence: the mean of the alternatives' weights, and the weight of what is yet to begin. 0 at the start.
+pub(super) fn log_evidence(evidence: &Evidence) -> f64 {
+    let weights = &evidence.log_weights;
+    let highest = weights.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     if !highest.is_finite() {
         return 0.0;
     }
-    let sum: f64 = log_weights.iter().map(|weight| (weight - highest).exp()).sum();
-    highest + (sum / log_weights.len() as f64).ln()
+    let sum: f64 = weights.iter().map(|weight| (weight - highest).exp()).sum();
+    let begun = highest + (sum / weights.len() as f64).ln();
+    let to_come = (1.0 - FROM_THE_START) / (evidence.fresh_ticks as f64).max(1.0);
+    log_sum(begun, to_come.ln())
 }
 
 /// What the evidence says.
 pub(super) fn find(arms: &Arms, minimum_effect: f64, evidence: &Evidence, alarm_at: f64) -> Finding {
     let (canary, baseline) = (evidence.canary, evidence.baseline);
     let failed = evidence.peak >= alarm_at;
-    let now = if failed { evidence.peak } else { log_evidence(&evidence.log_weights) };
+    let now = if failed { evidence.peak } else { log_evidence(evidence) };
     let numbers = format!(
         "canary {} against baseline {}, evidence {now:.1} of {alarm_at:.1} needed",
         described(canary),
