@@ -14,6 +14,7 @@ fn plan(target: std::net::SocketAddr) -> Plan {
     Plan {
         targets: vec![format!("http://{target}").parse().unwrap()],
         rate: 200.0,
+        wait: Duration::ZERO,
         arrivals: Arrivals::Uniform,
         duration: Some(Duration::from_millis(500)),
         timeout: Duration::from_secs(2),
@@ -77,4 +78,28 @@ async fn a_target_that_hangs_stops_no_arrivals() {
     assert!((490..=510).contains(&(count("sent") + count("dropped"))), "{last}");
     assert_eq!(count("failed"), count("sent"));
     assert!((90.0..=200.0).contains(&last["p50Ms"].as_f64().unwrap()), "{last}");
+}
+
+/// A target that is not there yet is waited for, and no query fails for it.
+#[tokio::test]
+async fn a_target_that_comes_late_is_waited_for() {
+    let running = start(&config(mocks(instant()).await, |_| {})).await;
+    let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    let late = async {
+        // Whether the first attempt finds nobody or somebody, none may fail.
+        tokio::task::yield_now().await;
+        let listener = TcpListener::bind(address).await.unwrap();
+        loop {
+            let (mut near, _) = listener.accept().await.unwrap();
+            let mut far = tokio::net::TcpStream::connect(running.serving).await.unwrap();
+            tokio::spawn(async move { tokio::io::copy_bidirectional(&mut near, &mut far).await });
+        }
+    };
+    let last = tokio::select! {
+        last = last_line(Plan { wait: Duration::from_secs(10), ..plan(address) }) => last,
+        () = late => unreachable!(),
+    };
+    assert_eq!((&last["failed"], &last["ok"]), (&0.into(), &last["sent"]), "{last}");
 }

@@ -62,6 +62,9 @@ enum Arguments {
         /// When queries arrive.
         #[arg(long, value_enum, default_value_t = Arrivals::Poisson)]
         arrivals: Arrivals,
+        /// How long to wait for a target that accepts no connection yet, before the first query.
+        #[arg(long, default_value = "0s", value_parser = units::duration::parse)]
+        wait: Duration,
         /// How long to send; without it until SIGTERM.
         #[arg(long, value_parser = units::duration::parse)]
         duration: Option<Duration>,
@@ -131,6 +134,7 @@ async fn main() -> anyhow::Result<()> {
             target: targets,
             rate,
             arrivals,
+            wait,
             duration,
             timeout,
             connection,
@@ -144,7 +148,8 @@ async fn main() -> anyhow::Result<()> {
             if let Some(listen) = listen {
                 tokio::spawn(run::admin(bind(listen).await?, totals.clone()));
             }
-            let plan = Plan { targets, rate, arrivals, duration, timeout, connection, distinct, size, seed };
+            let plan =
+                Plan { targets, rate, arrivals, wait, duration, timeout, connection, distinct, size, seed };
             run::run(plan, totals, terminated, |line| println!("{line}")).await?;
         }
     }

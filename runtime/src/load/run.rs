@@ -39,6 +39,8 @@ const MAX_INSTANCES: usize = 200;
 const MAX_IN_FLIGHT: usize = 10_000;
 /// Idle connections kept to one target.
 const MAX_IDLE: usize = 512;
+/// How often a target that is waited for is tried.
+const WAIT_STEP: Duration = Duration::from_millis(50);
 /// Largest answer that is read, in bytes.
 const MAX_ANSWER: usize = 64 << 20;
 
@@ -69,6 +71,8 @@ pub struct Plan {
     pub rate: f64,
     /// When requests arrive.
     pub arrivals: Arrivals,
+    /// How long a target may take to accept a first connection before requests are sent all the same.
+    pub wait: Duration,
     /// How long requests are sent; `None`: until stopped.
     pub duration: Option<Duration>,
     /// How long a request may take, from its planned arrival.
@@ -221,8 +225,21 @@ pub async fn admin(listener: TcpListener, totals: Totals) {
     .await;
 }
 
+/// Waits until a target accepts connections, `patience` at most.
+async fn reachable(target: &Target, patience: Duration) {
+    let connected = async {
+        while target.connect().await.is_err() {
+            tokio::time::sleep(WAIT_STEP).await;
+        }
+    };
+    if tokio::time::timeout(patience, connected).await.is_err() && !patience.is_zero() {
+        tracing::warn!(target = %target.base, ?patience, "the target accepts no connection yet; requests are sent all the same");
+    }
+}
+
 /// Follows the plan for one target.
 async fn send(target: Arc<Target>, plan: Plan, seed: u64) {
+    reachable(&target, plan.wait).await;
     let mut random = Random(seed);
     let bound = (plan.rate * plan.timeout.as_secs_f64()).ceil().max(1.0) as usize + 16;
     let slots = Arc::new(Semaphore::new(bound.min(MAX_IN_FLIGHT)));
