@@ -880,14 +880,16 @@ impl Machine<'_> {
                 });
             }
         }
-        let serving: i32 = Variant::PRODUCTION.iter().map(|variant| seen(*variant).serving()).sum();
+        // A pod beyond its Deployment's replicas is about to go, though it still serves.
+        let kept = |seen: &Observed| seen.serving().min(seen.replicas);
+        let serving: i32 = Variant::PRODUCTION.iter().map(|variant| kept(seen(*variant))).sum();
         let mut spare = (serving - self.rollout.replicas).max(0);
         for variant in Variant::PRODUCTION {
             let Some(wanted) = wanted.iter_mut().find(|w| w.variant == variant) else { continue };
             let current = seen(variant);
             let surplus = (current.replicas - wanted.replicas).max(0);
             // Pods that do not serve can go at once; the ReplicaSet removes those first.
-            let idle = (current.replicas - current.serving()).clamp(0, surplus);
+            let idle = (current.replicas - kept(current)).clamp(0, surplus);
             let served = (surplus - idle).min(spare);
             spare -= served;
             wanted.replicas += surplus - idle - served;
