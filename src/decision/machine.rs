@@ -9,7 +9,9 @@ use k8s_openapi::{
 
 use super::{
     judge::{self, Arm, Arms, Kpi, Test, Tick},
-    render::{PROMOTED_ANNOTATION, ROLLED_BACK_ANNOTATION, Target, Variant, Wanted, render, subject},
+    render::{
+        PROMOTED_ANNOTATION, ROLLED_BACK_ANNOTATION, Target, Variant, Wanted, outline, render, subject,
+    },
     replicas::Replicas,
     report,
     resolve::{Place, Refusal, Rollout, Stage},
@@ -444,7 +446,8 @@ impl Machine<'_> {
         if let Some(why) = self.signal() {
             return self.harm("kubernetes", &BTreeSet::new(), &why, true);
         }
-        let missing = self.unexposed();
+        let deploying = self.status.stage.as_ref().is_some_and(|stage| stage.step == Step::Deploying);
+        let missing = if deploying { self.unexposed() } else { String::new() };
         let Some(stage) = &mut self.status.stage else { return };
         match stage.step {
             Step::Deploying if missing.is_empty() => {
@@ -644,7 +647,7 @@ impl Machine<'_> {
     fn stable_exposed(&self) -> bool {
         let wanted = self.wanted();
         let Some(stable) = wanted.iter().find(|w| w.variant == Variant::Stable) else { return false };
-        let target = render(self.rollout, stable);
+        let target = outline(self.rollout, stable);
         self.snapshot.variants.get(&Variant::Stable).is_some_and(|seen| seen.exposed(&target))
     }
 
@@ -786,7 +789,7 @@ impl Machine<'_> {
             .wanted()
             .iter()
             .filter_map(|wanted| {
-                let target = render(self.rollout, wanted);
+                let target = outline(self.rollout, wanted);
                 let seen = self.snapshot.variants.get(&wanted.variant).unwrap_or(&nothing);
                 let there = match wanted.variant {
                     Variant::Stable => seen.replicas == target.replicas && seen.serving() >= target.replicas,

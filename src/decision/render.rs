@@ -128,8 +128,13 @@ pub struct Wanted<'a> {
     pub annotations: BTreeMap<&'static str, String>,
 }
 
-/// Renders a variant.
-pub fn render(rollout: &Rollout, wanted: &Wanted<'_>) -> Target {
+/// What pods of a variant are recognised by: a target without its objects.
+pub fn outline(rollout: &Rollout, wanted: &Wanted<'_>) -> Target {
+    outlined(rollout, wanted).0
+}
+
+/// The outline and the pod template.
+fn outlined(rollout: &Rollout, wanted: &Wanted<'_>) -> (Target, Value) {
     let Wanted { variant, replicas, on, staging, .. } = wanted;
     let overlay = staging.filter(|_| variant.has_config()).map(|staging| rollout.staging_overlay(staging));
     let config = variant.has_config().then(|| {
@@ -137,29 +142,36 @@ pub fn render(rollout: &Rollout, wanted: &Wanted<'_>) -> Target {
         let hash = synthex_runtime::config::hash(file.as_bytes());
         (file, hash)
     });
-    let (template, template_hash) = pod_template(rollout, wanted);
+    let (template, hash) = pod_template(rollout, wanted);
+    let target = Target { variant: *variant, replicas: *replicas, config, template: hash, objects: vec![] };
+    (target, template)
+}
+
+/// Renders a variant.
+pub fn render(rollout: &Rollout, wanted: &Wanted<'_>) -> Target {
+    let (target, template) = outlined(rollout, wanted);
+    let Target { variant, replicas, .. } = target;
     let mut objects = vec![];
-    if let Some((file, _)) = &config {
-        objects.push(config_map(rollout, *variant, file));
+    if let Some((file, _)) = &target.config {
+        objects.push(config_map(rollout, variant, file));
     }
-    objects.push(deployment(rollout, wanted, *replicas, template));
+    objects.push(deployment(rollout, wanted, replicas, template));
     match variant {
-        Variant::Stable => objects.push(service(rollout, *variant, rollout.port, "http")),
+        Variant::Stable => objects.push(service(rollout, variant, rollout.port, "http")),
         Variant::StagingBaseline | Variant::StagingCanary => {
-            objects.push(service(rollout, *variant, i32::from(rollout.serving_port), "http"));
+            objects.push(service(rollout, variant, i32::from(rollout.serving_port), "http"));
         }
-        Variant::StagingExperts => objects.push(service(rollout, *variant, MOCK_EXPERTS_PORT, "http")),
+        Variant::StagingExperts => objects.push(service(rollout, variant, MOCK_EXPERTS_PORT, "http")),
         Variant::Baseline | Variant::Canary | Variant::StagingLoad => {}
     }
-    let objects = objects.into_iter().map(sealed).collect();
-    Target { variant: *variant, replicas: *replicas, config, template: template_hash, objects }
+    Target { objects: objects.into_iter().map(sealed).collect(), ..target }
 }
 
 /// Hash of all that is compared: the configurations of both arms and the pod template, without what a new attempt changes.
 pub fn subject(rollout: &Rollout, canary: &Wanted<'_>, baseline: &Wanted<'_>) -> String {
     let part = |wanted: &Wanted<'_>| {
         let first = Wanted { attempt: 0, replicas: 0, ..wanted.clone() };
-        let target = render(rollout, &first);
+        let target = outline(rollout, &first);
         format!("{}\n{}", target.template, target.config.map(|(_, hash)| hash).unwrap_or_default())
     };
     hash(&format!("{}\n{}", part(canary), part(baseline)))
