@@ -41,6 +41,10 @@ pub struct RolloutStatus {
     #[serde(default)]
     pub decisions: Vec<Decision>,
 
+    /// Verbs that have been answered and whose annotations still stand, so that none is answered twice.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub answered: Vec<String>,
+
     /// When the operator will look again at the latest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next_decision_at: Option<Time>,

@@ -299,6 +299,8 @@ impl Machine<'_> {
                 None => new(OptimizationState::Pending, ""),
             };
             self.status.optimizations.push(entry);
+        // An annotation may outlive its answer, when the operator ends before it could remove it.
+        let before = std::mem::take(&mut self.status.answered);
         }
     }
 
@@ -306,10 +308,14 @@ impl Machine<'_> {
         let mut verbs = self.snapshot.verbs.clone();
         verbs.sort();
         for verb in verbs {
-            match &verb {
-                Verb::Abort(stage) => self.abort(stage),
-                Verb::Rollback(name) => self.rollback_by_user(name),
-                Verb::Promote(value) => self.promote_by_user(value),
+            let word = verb.to_string();
+            if !before.contains(&word) {
+            self.status.answered.push(word);
+                match &verb {
+                    Verb::Abort(stage) => self.abort(stage),
+                    Verb::Rollback(name) => self.rollback_by_user(name),
+                    Verb::Promote(value) => self.promote_by_user(value),
+                }
             }
             self.answered.push(verb);
         }

@@ -1,6 +1,6 @@
 //! Everything that was observed, in the terms in which decisions are taken. Pure data and questions about it.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use k8s_openapi::jiff::Timestamp;
 
@@ -49,6 +49,17 @@ impl Verb {
             Self::Abort(_) => "synthex.io/abort",
             Self::Rollback(_) => "synthex.io/rollback",
             Self::Promote(_) => "synthex.io/promote",
+        }
+    }
+}
+
+impl fmt::Display for Verb {
+    /// As it is put: `abort=canary`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Abort(value) => write!(f, "abort={value}"),
+            Self::Rollback(value) => write!(f, "rollback={value}"),
+            Self::Promote(value) => write!(f, "promote={value}"),
         }
     }
 }
