@@ -168,36 +168,34 @@ async fn reconcile(
             let plan = machine::step(rollout, &world.snapshot, judged, now);
             let created = writes::creates(&world.objects, &plan);
             let foreign = observe::foreign(&context.client, &rollout.namespace, &created).await?;
-            let plan = match foreign.is_empty() {
+            match foreign.is_empty() {
                 true => plan,
                 false => {
                     machine::refuse(&world.snapshot, rollout.generation, &machine::conflict(&foreign), now)
                 }
-            };
-            let writes = writes::writes(&rollout.name, &world.snapshot, &world.objects, &plan, now);
-            apply::apply(&context.client, &rollout.namespace, &writes).await?;
-            plan
+            }
         }
     };
-    if object.metadata.deletion_timestamp.is_some() {
-        if plan.release {
-            if object.spec.deletion_policy == DeletionPolicy::Delete
-                && let Ok(rollout) = &resolved
-            {
-                let writes = writes::removals(&rollout.name, &world.objects, &Variant::ALL);
-                apply::apply(&context.client, &rollout.namespace, &writes).await?;
-            }
-            report::finalizer(&context.client, &object, false).await?;
-            context.forget(&object.uid().unwrap_or_default());
+    let deleting = object.metadata.deletion_timestamp.is_some();
+    if !deleting {
+        let step = resolved.as_ref().map_or(1, |rollout| rollout.analysis.interval.as_secs());
+        // What was decided is written before it is done: nothing is done that a restart does not know, or that the user has
+        // overruled meanwhile.
+        context.record(&object, &plan, step).await?;
+    }
+    if let Ok(rollout) = &resolved {
+        let mut writes = writes::writes(&rollout.name, &world.snapshot, &world.objects, &plan, now);
+        if deleting && plan.release && object.spec.deletion_policy == DeletionPolicy::Delete {
+            writes = writes::removals(&rollout.name, &world.objects, &Variant::ALL);
         }
-    } else {
-        context
-            .report(
-                &object,
-                &plan,
-                resolved.as_ref().map_or(1, |rollout| rollout.analysis.interval.as_secs()),
-            )
-            .await?;
+        apply::apply(&context.client, &rollout.namespace, &writes).await?;
+    }
+    if !deleting {
+        context.announce(&object, &plan).await?;
+        report::answer(&context.client, &object, &plan.answered).await?;
+    } else if plan.release {
+        report::finalizer(&context.client, &object, false).await?;
+        context.forget(&object.uid().unwrap_or_default());
     }
     drop(timer);
     let wait = plan.wake.duration_since(clock::now());
@@ -263,12 +261,18 @@ impl Context {
         Ok(client)
     }
 
-    async fn report(&self, object: &OptimizationRollout, plan: &Plan, step: u64) -> Result<(), Error> {
+    /// Writes the status where that is worth a write.
+    async fn record(&self, object: &OptimizationRollout, plan: &Plan, step: u64) -> Result<(), Error> {
         let stored = object.status.clone().unwrap_or_default();
         let step = i64::try_from(step).unwrap_or(1);
         if worth_writing(&stored, &plan.status, step) || object.status.is_none() {
             report::write_status(&self.client, object, plan.status.clone()).await?;
         }
+        Ok(())
+    }
+
+    /// Makes events of the decisions that have none yet.
+    async fn announce(&self, object: &OptimizationRollout, plan: &Plan) -> Result<(), Error> {
         let uid = object.uid().unwrap_or_default();
         let announced = lock(&self.announced).get(&uid).copied();
         for decision in machine::unannounced(&plan.status, announced, clock::now()) {
@@ -284,7 +288,7 @@ impl Context {
             self.metrics.decided(decision.what);
         }
         lock(&self.announced).insert(uid, plan.status.decisions.last().map_or(0, |decision| decision.id));
-        report::answer(&self.client, object, &plan.answered).await
+        Ok(())
     }
 
     fn forget(&self, uid: &str) {
