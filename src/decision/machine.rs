@@ -79,13 +79,15 @@ pub fn inquiry(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Opt
         return None;
     }
     let arm = |variant: Variant, pods| Arm { deployment: variant.object_name(&rollout.name), pods };
-    let (canary, baseline) = match (stage.step, &planned(rollout, stage)?.place) {
+    let place = planned(rollout, stage).map(|planned| &planned.place);
+    let (canary, baseline) = match (stage.step, place) {
         (Step::Promoting, _) => (arm(Variant::Stable, rollout.replicas), None),
-        (_, Place::Staging(staging)) => (
+        (_, None) => return None,
+        (_, Some(Place::Staging(staging))) => (
             arm(Variant::StagingCanary, staging.replicas),
             Some(arm(Variant::StagingBaseline, staging.replicas)),
         ),
-        (_, Place::Weight(weight)) => {
+        (_, Some(Place::Weight(weight))) => {
             let replicas = Replicas::at(rollout.replicas, *weight, rollout.comparison);
             let baseline = match rollout.comparison {
                 Comparison::Fresh => arm(Variant::Baseline, replicas.baseline),
@@ -157,17 +159,9 @@ fn span(duration: crate::api::Duration) -> SignedDuration {
     SignedDuration::try_from(duration.std()).unwrap_or(SignedDuration::MAX)
 }
 
-/// The specification's stage that a running stage answers to: the one of its name; failing that, the last one that exposes no
-/// more, so that an edit of the list never raises exposure; failing that, the first.
+/// The specification's stage that a running stage answers to; none while the user has removed it.
 fn planned<'a>(rollout: &'a Rollout, stage: &StageStatus) -> Option<&'a Stage> {
-    rollout
-        .stages
-        .iter()
-        .find(|planned| planned.name == stage.name)
-        .or_else(|| {
-            usize::try_from(stage.index).ok().and_then(|index| rollout.stages.get(index.saturating_sub(1)))
-        })
-        .or_else(|| rollout.stages.first())
+    rollout.stages.iter().find(|planned| planned.name == stage.name)
 }
 
 /// Names of the optimizations in a state.
@@ -299,24 +293,24 @@ impl Machine<'_> {
                 None => new(OptimizationState::Pending, ""),
             };
             self.status.optimizations.push(entry);
-        // An annotation may outlive its answer, when the operator ends before it could remove it.
-        let before = std::mem::take(&mut self.status.answered);
         }
     }
 
     fn verbs(&mut self) {
         let mut verbs = self.snapshot.verbs.clone();
         verbs.sort();
+        // An annotation may outlive its answer, when the operator ends before it could remove it.
+        let before = std::mem::take(&mut self.status.answered);
         for verb in verbs {
             let word = verb.to_string();
             if !before.contains(&word) {
-            self.status.answered.push(word);
                 match &verb {
                     Verb::Abort(stage) => self.abort(stage),
                     Verb::Rollback(name) => self.rollback_by_user(name),
                     Verb::Promote(value) => self.promote_by_user(value),
                 }
             }
+            self.status.answered.push(word);
             self.answered.push(verb);
         }
     }
@@ -394,12 +388,44 @@ impl Machine<'_> {
         if self.active().is_empty() && stage.step != Step::Restoring {
             self.restore();
         }
+        self.reseat();
         match self.status.stage.as_ref().map(|stage| stage.step) {
             None => {}
             Some(Step::Promoting) => self.promoting(),
             Some(Step::Restoring) => self.restoring(),
             Some(_) => self.stage(),
         }
+        // What the user has added meanwhile has its pass at once.
+        if self.status.stage.is_none() {
+            self.begin_pass();
+        }
+    }
+
+    /// When the user has removed the stage that runs, the last one that exposes no more takes its place, so that an edit of the
+    /// list never raises exposure. Where every stage that is left exposes more, the first of them begins, as in a new pass.
+    fn reseat(&mut self) {
+        let exposed = self.status.weight.desired;
+        let Some(stage) = &mut self.status.stage else { return };
+        if matches!(stage.step, Step::Promoting | Step::Restoring) || planned(self.rollout, stage).is_some() {
+            return;
+        }
+        let (removed, attempt) = (stage.name.clone(), stage.attempt);
+        let exposes_no_more = |planned: &&Stage| match planned.place {
+            Place::Staging(_) => true,
+            Place::Weight(weight) => weight <= exposed,
+        };
+        if let Some(planned) = self.rollout.stages.iter().rfind(exposes_no_more) {
+            stage.name.clone_from(&planned.name);
+            return;
+        }
+        let failing = self.failing();
+        if let Some(kpi) = failing.first() {
+            return self.harm(&kpi.name, &BTreeSet::new(), &format!("{}: {}", kpi.name, kpi.message), true);
+        }
+        self.enter(0, attempt);
+        let first = self.stage_name();
+        let why = format!("stage {removed} was removed; stage {first} begins with {}", list(&self.active()));
+        self.decide(What::StageStarted, why);
     }
 
     fn begin_pass(&mut self) {
@@ -443,10 +469,11 @@ impl Machine<'_> {
     fn stage(&mut self) {
         let rollout = self.rollout;
         let Some(stage) = &mut self.status.stage else { return };
-        let Some(planned) = planned(rollout, stage) else { return };
-        let index = rollout.stages.iter().position(|other| other.name == planned.name).unwrap_or_default();
+        let Some(index) = rollout.stages.iter().position(|planned| planned.name == stage.name) else {
+            return;
+        };
+        let planned = &rollout.stages[index];
         stage.index = i32::try_from(index).unwrap_or(i32::MAX);
-        stage.name.clone_from(&planned.name);
         self.settle_subject();
         self.bake_clock();
         if let Some(why) = self.signal() {
@@ -735,10 +762,12 @@ impl Machine<'_> {
     /// What Kubernetes itself tells against the candidate, and not as much against what it is compared with.
     fn signal(&self) -> Option<String> {
         let stage = self.status.stage.as_ref()?;
-        let (candidate, reference) = match (stage.step, &planned(self.rollout, stage)?.place) {
+        let place = planned(self.rollout, stage).map(|planned| &planned.place);
+        let (candidate, reference) = match (stage.step, place) {
             (Step::Promoting, _) => (Variant::Stable, None),
-            (_, Place::Staging(_)) => (Variant::StagingCanary, Some(Variant::StagingBaseline)),
-            (_, Place::Weight(_)) => match self.rollout.comparison {
+            (_, None) => return None,
+            (_, Some(Place::Staging(_))) => (Variant::StagingCanary, Some(Variant::StagingBaseline)),
+            (_, Some(Place::Weight(_))) => match self.rollout.comparison {
                 Comparison::Fresh => (Variant::Canary, Some(Variant::Baseline)),
                 Comparison::Stable => (Variant::Canary, Some(Variant::Stable)),
             },
