@@ -1,0 +1,245 @@
+//! Simulated worlds: a deterministic, seeded simulation of a cluster, a Prometheus and an operator that runs the real core. Touches
+//! no clock, network or file.
+//!
+//! `SYNTHEX_WORLDS=N` lives N worlds of each kind; `SYNTHEX_SEED=S` lives one seed of every kind and shows its trace.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
+
+mod cluster;
+mod prometheus;
+mod rng;
+mod scenarios;
+mod world;
+
+use std::sync::{
+    Mutex,
+    atomic::{AtomicU64, Ordering},
+};
+
+use scenarios::{Expect, Kind, scenario};
+use synthex_operator::api::{OptimizationState, Phase, What};
+use world::{Outcome, World};
+
+fn count(default: u64) -> u64 {
+    std::env::var("SYNTHEX_WORLDS").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+fn only() -> Option<u64> {
+    std::env::var("SYNTHEX_SEED").ok().and_then(|text| text.parse().ok())
+}
+
+/// What is wrong with the end of a world, beyond what was found while it lived.
+fn judged(expect: &Expect, outcome: &Outcome) -> Vec<String> {
+    let mut wrong = outcome.violations.clone();
+    let status = &outcome.status;
+    if !outcome.gone {
+        for optimization in &status.optimizations {
+            let on = matches!(optimization.state, OptimizationState::Promoted);
+            if on && expect.harmful.contains(&optimization.name) && !outcome.forced && !outcome.edited {
+                wrong.push(format!("I3: {} does harm and is {:?}", optimization.name, optimization.state));
+            }
+            let off = optimization.state == OptimizationState::RolledBack;
+            if off && expect.kept.contains(&optimization.name) {
+                wrong.push(format!(
+                    "{} does no harm and was rolled back: {}",
+                    optimization.name, optimization.reason
+                ));
+            }
+        }
+    }
+    let ended = outcome.gone || matches!(status.phase, Phase::Completed | Phase::RolledBack);
+    if expect.ends && !ended {
+        wrong.push(format!("I7: has not ended but is {:?} {:?}", status.phase, status.stage));
+    }
+    if expect.deleted && !outcome.gone {
+        wrong.push("the finalizer hangs".into());
+    }
+    wrong
+}
+
+fn tail(outcome: &Outcome) -> String {
+    let shown = if only().is_some() { usize::MAX } else { 60 };
+    let from = outcome.trace.len().saturating_sub(shown);
+    outcome.trace[from..].join("\n")
+}
+
+/// Lives `worlds` of one kind on two threads; gives back their outcomes in the order of the seeds.
+fn live(kind: Kind, worlds: u64) -> Vec<(Expect, Outcome)> {
+    let seeds: Vec<u64> = match only() {
+        Some(seed) => vec![seed],
+        None => (0..count(worlds)).collect(),
+    };
+    let (next, found) = (AtomicU64::new(0), Mutex::new(vec![]));
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(seed) = seeds.get(index as usize) else { break };
+                    let (setup, expect) = scenario(kind, *seed);
+                    let outcome = World::new(setup).run();
+                    found.lock().unwrap().push((*seed, expect, outcome));
+                }
+            });
+        }
+    });
+    let mut found = found.into_inner().unwrap();
+    found.sort_by_key(|(seed, ..)| *seed);
+    let mut failures = vec![];
+    let (mut seconds, mut reconciliations, mut writes) = (0, 0, 0);
+    for (seed, expect, outcome) in &found {
+        seconds += outcome.seconds;
+        reconciliations += outcome.reconciliations;
+        writes += outcome.writes;
+        let wrong = judged(expect, outcome);
+        if !wrong.is_empty() {
+            failures.push((*seed, wrong, tail(outcome)));
+        } else if only().is_some() {
+            println!("{}", tail(outcome));
+        }
+    }
+    println!(
+        "{kind:?}: {} worlds, {seconds} simulated seconds, {reconciliations} reconciliations, {writes} writes",
+        found.len()
+    );
+    for (seed, wrong, _) in failures.iter().skip(1).take(20) {
+        println!("{kind:?} seed {seed}: {}", wrong.join("; "));
+    }
+    if let Some((seed, wrong, trace)) = failures.first() {
+        panic!(
+            "{} of {} worlds of kind {kind:?} are wrong; the first: SYNTHEX_SEED={seed}\n{trace}\n{}",
+            failures.len(),
+            found.len(),
+            wrong.join("\n")
+        );
+    }
+    found.into_iter().map(|(_, expect, outcome)| (expect, outcome)).collect()
+}
+
+#[test]
+fn healthy() {
+    let worlds = live(Kind::Healthy, 24);
+    let false_rollbacks = worlds
+        .iter()
+        .filter(|(_, outcome)| {
+            outcome.status.optimizations.iter().any(|o| o.state == OptimizationState::RolledBack)
+        })
+        .count();
+    println!("{false_rollbacks} false rollbacks in {} healthy worlds", worlds.len());
+    // 1 % by design; three standard deviations above it for the number of worlds.
+    let n = worlds.len() as f64;
+    assert!(false_rollbacks as f64 <= 0.01 * n + 3.0 * (0.01 * n).sqrt(), "{false_rollbacks} of {n}");
+}
+
+#[test]
+fn owned_harm() {
+    let worlds = live(Kind::OwnedHarm, 24);
+    for (expect, outcome) in &worlds {
+        assert!(outcome.decided.iter().any(|(what, _)| *what == What::OptimizationRolledBack));
+        let _ = expect;
+    }
+}
+
+#[test]
+fn shared_harm() {
+    live(Kind::SharedHarm, 20);
+}
+
+#[test]
+fn two_harms() {
+    live(Kind::TwoHarms, 16);
+}
+
+#[test]
+fn breaking_pods() {
+    live(Kind::Breaking, 20);
+}
+
+#[test]
+fn outages() {
+    live(Kind::Outage, 24);
+}
+
+#[test]
+fn verbs() {
+    live(Kind::Verbs, 30);
+}
+
+#[test]
+fn edits() {
+    live(Kind::Edits, 40);
+}
+
+#[test]
+fn deletion() {
+    live(Kind::Deletion, 24);
+}
+
+#[test]
+fn observing() {
+    live(Kind::Observe, 12);
+}
+
+#[test]
+fn against_stable() {
+    live(Kind::Stable, 16);
+}
+
+#[test]
+fn chaos() {
+    live(Kind::Chaos, 40);
+}
+
+#[test]
+fn foreign_objects() {
+    live(Kind::Foreign, 8);
+}
+
+/// I5: whichever write the operator crashes after, the same decisions follow.
+#[test]
+fn a_crash_after_every_write() {
+    for (kind, seed) in [(Kind::Healthy, 1_000_000), (Kind::OwnedHarm, 1_000_000)] {
+        let (mut setup, _) = scenario(kind, seed);
+        setup.crashes = 0.0;
+        setup.failing = 0.0;
+        setup.slow = 0.0;
+        setup.script.clear();
+        let kinds = |outcome: &Outcome| outcome.decided.iter().map(|(what, _)| *what).collect::<Vec<_>>();
+        let finals = |outcome: &Outcome| {
+            outcome.status.optimizations.iter().map(|o| (o.name.clone(), o.state)).collect::<Vec<_>>()
+        };
+        let calm = World::new(setup.clone()).run();
+        assert_eq!(calm.violations, Vec::<String>::new(), "{}", tail(&calm));
+        let next = AtomicU64::new(1);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    loop {
+                        let write = next.fetch_add(1, Ordering::Relaxed);
+                        if write > calm.writes {
+                            break;
+                        }
+                        let crashed =
+                            World::new(world::Setup { crash_at: Some(write), ..setup.clone() }).run();
+                        let told = format!("{kind:?}, crash after write {write}\n{}", tail(&crashed));
+                        assert_eq!(crashed.violations, Vec::<String>::new(), "{told}");
+                        assert_eq!(kinds(&crashed), kinds(&calm), "{told}");
+                        assert_eq!(finals(&crashed), finals(&calm), "{told}");
+                    }
+                });
+            }
+        });
+        println!("{kind:?}: a crash after each of {} writes", calm.writes);
+    }
+}
+
+/// I10: a seed gives the same world, to the last line of its trace.
+#[test]
+fn a_seed_replays() {
+    for seed in 0..6 {
+        let run = || World::new(scenario(Kind::Chaos, seed).0).run();
+        let (one, other) = (run(), run());
+        assert_eq!(one.trace_hash, other.trace_hash, "seed {seed}");
+        assert_eq!(one, other, "seed {seed}");
+    }
+}

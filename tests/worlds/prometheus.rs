@@ -1,0 +1,174 @@
+//! A Prometheus that scrapes the pods of the fake cluster and answers range queries as the real one does: the last sample of at
+//! most five minutes before each grid tick, unless a stale marker came after it. No PromQL: queries are known by their metric.
+
+use std::collections::BTreeMap;
+
+use synthex_operator::decision::judge::{Answer, Series};
+
+use super::{cluster::Cluster, rng::Rng};
+
+const LOOKBACK: i64 = 300;
+
+/// Counters of a pod, in the order ok, error, upstream ok, upstream error.
+pub type Counters = [u64; 4];
+
+/// What was scraped from one pod.
+struct Target {
+    /// Seconds after the start of the container until discovery has found it.
+    discovered: i64,
+    phase: i64,
+    samples: Vec<(i64, Counters)>,
+    stale: Vec<i64>,
+    gone: bool,
+}
+
+/// How Prometheus is doing.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Health {
+    Well,
+    /// Cannot be reached, but scrapes.
+    Unreachable,
+    /// Is not running: neither scrapes nor answers.
+    Dead,
+    /// Runs and answers, but does not scrape.
+    Blind,
+    /// Answers what is no answer.
+    Malformed,
+}
+
+pub struct Prometheus {
+    pub health: Health,
+    /// Seconds between two scrapes of a pod.
+    pub interval: i64,
+    /// Seconds until a sample can be read.
+    latency: i64,
+    targets: BTreeMap<String, Target>,
+    /// The gauge, by Deployment.
+    gauges: BTreeMap<String, Vec<(i64, f64)>>,
+    rng: Rng,
+}
+
+impl Prometheus {
+    pub fn new(seed: u64, interval: i64) -> Self {
+        Self {
+            health: Health::Well,
+            interval,
+            latency: 1,
+            targets: BTreeMap::new(),
+            gauges: BTreeMap::new(),
+            rng: Rng::new(seed, 2),
+        }
+    }
+
+    /// One second of scraping.
+    pub fn tick(&mut self, cluster: &Cluster, now: i64) {
+        if matches!(self.health, Health::Dead | Health::Blind) {
+            return;
+        }
+        for name in cluster.deployments.keys() {
+            let masks = cluster.masks_of(name);
+            if !masks.is_empty() {
+                self.gauges.entry(name.clone()).or_default().push((now, cluster.gauge(&masks)));
+            }
+        }
+        for (name, target) in &mut self.targets {
+            if !target.gone && !cluster.pods.contains_key(name) {
+                target.gone = true;
+                target.stale.push(now);
+            }
+        }
+        for pod in cluster.pods.values().filter(|pod| pod.variant.has_config() && !pod.failed) {
+            if pod.started.is_none() {
+                continue;
+            }
+            let rng = &mut self.rng;
+            let interval = self.interval;
+            let target = self.targets.entry(pod.name.clone()).or_insert_with(|| Target {
+                discovered: now + rng.range(0, 5),
+                phase: rng.range(0, interval - 1),
+                samples: vec![],
+                stale: vec![],
+                gone: false,
+            });
+            if now < target.discovered || (now + target.phase) % interval != 0 {
+                continue;
+            }
+            if pod.running(now) && !cluster.down.contains(&pod.node) {
+                target.samples.push((now, pod.counters));
+            } else if target.samples.last().is_some_and(|(at, _)| target.stale.last() < Some(at)) {
+                // A scrape that fails makes the series stale.
+                target.stale.push(now);
+            }
+        }
+    }
+
+    /// The answer to a range query at this moment.
+    pub fn range(&self, query: &str, from: i64, until: i64, step: i64, now: i64) -> Answer {
+        match self.health {
+            Health::Unreachable | Health::Dead => return Answer::Down("connection refused".to_owned()),
+            Health::Malformed => {
+                return Answer::Malformed(format!("HTTP 200 with a body that is no JSON, to {query}"));
+            }
+            Health::Well | Health::Blind => {}
+        }
+        let times = query.starts_with("timestamp(");
+        let upstream = query.contains("upstream_requests_total");
+        let errors_only = query.contains("outcome!=\"ok\"") || query.contains("outcome=~\"error|shed\"");
+        let deployments: Vec<&str> = query
+            .split_once("pod=~\"(")
+            .and_then(|(_, rest)| rest.split_once(')'))
+            .map(|(names, _)| names.split('|').collect())
+            .unwrap_or_default();
+        if query.contains("world_gauge") {
+            let history = deployments.first().and_then(|name| self.gauges.get(*name));
+            let at = |tick: i64| {
+                let history = history?;
+                let end = history.partition_point(|(at, _)| *at <= tick);
+                let (at, value) = history[end.checked_sub(1)?];
+                (at > tick - 10).then_some((tick, value))
+            };
+            let points: Vec<_> = (0..=(until - from) / step).filter_map(|i| at(from + i * step)).collect();
+            return Answer::Series(if points.is_empty() {
+                vec![]
+            } else {
+                vec![Series { labels: "{}".into(), points, ..Series::default() }]
+            });
+        }
+        let mut answer = vec![];
+        for (name, target) in &self.targets {
+            let Some(deployment) = name.rsplitn(3, '-').nth(2) else { continue };
+            if !deployments.contains(&deployment) {
+                continue;
+            }
+            let (good, bad) = if upstream { (2, 3) } else { (0, 1) };
+            let wanted: &[usize] = if errors_only { &[bad] } else { &[good, bad] };
+            let mut columns: Vec<Vec<(i64, f64)>> = vec![vec![]; wanted.len()];
+            let mut tick = from;
+            while tick <= until {
+                let end = target.samples.partition_point(|(at, _)| *at <= tick && *at + self.latency <= now);
+                if let Some((at, counters)) = end.checked_sub(1).map(|index| &target.samples[index])
+                    && *at > tick - LOOKBACK
+                    && !target.stale.iter().any(|stale| stale > at && *stale <= tick)
+                {
+                    for (column, index) in columns.iter_mut().zip(wanted) {
+                        column.push((tick, if times { *at as f64 } else { counters[*index] as f64 }));
+                    }
+                }
+                tick += step;
+            }
+            for (points, index) in columns.into_iter().zip(wanted) {
+                if !points.is_empty() {
+                    let instance = format!("{name}:9090");
+                    answer.push(Series {
+                        labels: format!("{{instance={instance:?},outcome=\"{index}\",pod={name:?}}}"),
+                        pod: name.clone(),
+                        instance,
+                        job: "pods".to_owned(),
+                        points,
+                    });
+                }
+            }
+        }
+        Answer::Series(answer)
+    }
+}
