@@ -440,3 +440,199 @@ impl Kpi {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A specification that is sound, changed at some places: JSON pointer and value.
+    fn resolved(changes: &[(&str, Value)]) -> Result<Rollout, Refusal> {
+        let mut spec = json!({
+            "workload": {"runtime": {"replicas": 10, "config": {
+                "experts": [{"name": "alpha", "kind": "http", "url": "http://alpha:8000/query"}],
+            }}},
+            "optimizations": [{"name": "memory"}, {"name": "connections"}, {"name": "monitoring"}],
+            "stages": [
+                {"name": "staging", "duration": "1m", "staging": {"replicas": 2}},
+                {"name": "canary", "duration": "1m", "weight": 10},
+            ],
+        });
+        for (place, value) in changes {
+            let (parent, name) = place.rsplit_once('/').unwrap();
+            match spec.pointer_mut(parent).unwrap() {
+                Value::Array(list) if name == "-" => list.push(value.clone()),
+                Value::Array(list) => list[name.parse::<usize>().unwrap()] = value.clone(),
+                parent => parent[name] = value.clone(),
+            }
+        }
+        let mut object = OptimizationRollout::new("experts", serde_json::from_value(spec).unwrap());
+        object.metadata.namespace = Some("shop".into());
+        let defaults = Defaults {
+            runtime_image: "synthex-runtime:dev".into(),
+            prometheus_url: "http://prometheus.monitoring.svc:9090".into(),
+        };
+        resolve(&object, &defaults)
+    }
+
+    #[test]
+    fn a_sound_specification_gets_the_defaults() {
+        let rollout = resolved(&[]).unwrap();
+        assert_eq!((rollout.serving_port, rollout.admin_port), (8080, 9090));
+        assert_eq!(rollout.image, "synthex-runtime:dev");
+        assert_eq!(rollout.kpi_count(), 2);
+        let on = BTreeSet::from(["connections".to_owned()]);
+        let names: Vec<_> = rollout.kpis(&on).map(|kpi| kpi.name.as_str()).collect();
+        assert_eq!(names, ["query-errors", "upstream-errors"]);
+    }
+
+    #[test]
+    fn each_bad_input_has_its_reason_and_names_its_place() {
+        let ratio =
+            |name: &str| json!({"name": name, "errorRatio": {"errors": "e{$arm}", "total": "t{$arm}"}});
+        let custom = |name: &str, config: Value| json!({"name": name, "config": config});
+        let unified = |unified: Value| json!({"optimizations": {"connections": {"unified": unified}}});
+        let cases: Vec<(&str, Vec<(&str, Value)>, &str, &[&str])> = vec![
+            (
+                "null in a patch",
+                vec![("/optimizations/0/config", json!({"cacheTtl": {"ttl": null}}))],
+                "InvalidPatch",
+                &["spec.optimizations[memory].config.cacheTtl.ttl"],
+            ),
+            (
+                "null in the pod template",
+                vec![("/workload/runtime/podTemplate", json!({"spec": {"nodeSelector": null}}))],
+                "InvalidPatch",
+                &["spec.workload.runtime.podTemplate.spec.nodeSelector"],
+            ),
+            (
+                "two patches of one field",
+                vec![
+                    ("/optimizations/-", custom("a", json!({"dispatch": {"deadline": "20s"}}))),
+                    ("/optimizations/-", custom("b", json!({"dispatch": {"deadline": "10s"}}))),
+                ],
+                "OverlappingPatches",
+                &["\"a\"", "\"b\"", "dispatch.deadline"],
+            ),
+            (
+                "a patch of a field below another's",
+                vec![(
+                    "/optimizations/-",
+                    custom("a", json!({"optimizations": {"memory": {"cacheTtl": {"enabled": true}}}})),
+                )],
+                "OverlappingPatches",
+                &["\"memory\"", "\"a\"", "optimizations.memory.cacheTtl.enabled"],
+            ),
+            (
+                "an unknown name that sets nothing",
+                vec![("/optimizations/-", json!({"name": "memroy"}))],
+                "InvalidOptimization",
+                &["spec.optimizations[memroy].config", "memory, connections, monitoring"],
+            ),
+            (
+                "one KPI name with two owners",
+                vec![("/optimizations/0/kpis", json!([ratio("upstream-errors")]))],
+                "DuplicateKpi",
+                &["spec.optimizations[memory].kpis", "spec.optimizations[connections].kpis"],
+            ),
+            (
+                "one KPI name, shared and owned",
+                vec![("/optimizations/0/kpis", json!([ratio("query-errors")]))],
+                "DuplicateKpi",
+                &["spec.kpis", "spec.optimizations[memory].kpis"],
+            ),
+            (
+                "a query without $arm",
+                vec![("/kpis", json!([{"name": "k", "errorRatio": {"errors": "e", "total": "t{$arm}"}}]))],
+                "InvalidKpi",
+                &["KPI k", "errorRatio.errors", "$arm"],
+            ),
+            (
+                "a KPI that is nothing",
+                vec![("/kpis", json!([{"name": "k"}]))],
+                "InvalidKpi",
+                &["KPI k", "errorRatio or threshold"],
+            ),
+            (
+                "a stage that is neither",
+                vec![("/stages/1", json!({"name": "canary", "duration": "1m"}))],
+                "InvalidStage",
+                &["spec.stages[canary]"],
+            ),
+            (
+                "a weight that the replicas cannot give",
+                vec![("/workload/runtime/replicas", json!(4))],
+                "WeightUnreachable",
+                &["\"canary\"", "10 %", "4 replicas", "to 5 or more"],
+            ),
+            (
+                "a configuration that the runtime refuses",
+                vec![("/workload/runtime/config", json!({"experts": []}))],
+                "InvalidConfig",
+                &["spec.workload.runtime.config: ", "experts"],
+            ),
+            (
+                "an unknown field of the configuration",
+                vec![("/workload/runtime/config/speed", json!(1))],
+                "InvalidConfig",
+                &["spec.workload.runtime.config: ", "speed"],
+            ),
+            (
+                "refused only with one optimization on",
+                vec![("/optimizations/1/config", json!({"unified": {"perHost": 30, "total": 10}}))],
+                "InvalidConfig",
+                &["spec.workload.runtime.config with connections on", "total"],
+            ),
+            (
+                "refused only with all on together",
+                vec![
+                    ("/optimizations/-", custom("hosts", unified(json!({"perHost": 50})))),
+                    ("/optimizations/-", custom("total", unified(json!({"total": 40})))),
+                ],
+                "InvalidConfig",
+                &["with connections, hosts, memory, monitoring, total on", "perHost"],
+            ),
+            (
+                "refused only in staging",
+                vec![("/stages/0/staging/config", json!({"dispatch": {"quorum": 7}}))],
+                "InvalidConfig",
+                &["spec.stages[staging].staging.config: ", "quorum"],
+            ),
+        ];
+        for (name, changes, reason, places) in cases {
+            let refusal = resolved(&changes).map(|_| ()).expect_err(name);
+            assert_eq!(refusal.reason, reason, "{name}: {}", refusal.message);
+            for place in places {
+                assert!(refusal.message.contains(place), "{name}: {place:?} is not in: {}", refusal.message);
+            }
+        }
+    }
+
+    #[test]
+    fn patches_side_by_side_do_not_overlap() {
+        let patches = [
+            ("/optimizations/-", json!({"name": "deadline", "config": {"dispatch": {"deadline": "20s"}}})),
+            ("/optimizations/-", json!({"name": "quorum", "config": {"dispatch": {"quorum": 1}}})),
+        ];
+        let rollout = resolved(&patches).unwrap();
+        let on = BTreeSet::from(["deadline".to_owned(), "quorum".to_owned()]);
+        let config: Value = serde_json::from_str(&rollout.config_file(&on, None)).unwrap();
+        assert_eq!(config["dispatch"], json!({"deadline": "20s", "quorum": 1}));
+        assert_eq!(config.get("optimizations"), None);
+    }
+
+    #[test]
+    fn staging_gets_mock_experts_unless_it_names_others() {
+        let mock = resolved(&[]).unwrap();
+        let Place::Staging(staging) = &mock.stages[0].place else { panic!("staging is first") };
+        assert!(Rollout::mock_experts(staging));
+        assert_eq!(
+            mock.staging_overlay(staging)["experts"][0]["url"],
+            json!("http://experts-staging-experts:8000/alpha")
+        );
+        let own = json!([{"name": "alpha", "kind": "http", "url": "http://other:80/"}]);
+        let named = resolved(&[("/stages/0/staging/config", json!({"experts": own}))]).unwrap();
+        let Place::Staging(staging) = &named.stages[0].place else { panic!("staging is first") };
+        assert!(!Rollout::mock_experts(staging));
+        assert_eq!(named.staging_overlay(staging)["experts"], own);
+    }
+}
