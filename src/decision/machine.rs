@@ -34,6 +34,8 @@ const POLL: SignedDuration = SignedDuration::from_secs(1);
 const IDLE: SignedDuration = SignedDuration::from_secs(3600);
 /// Decisions older than this are not announced after a restart: their events have been made, or have expired.
 const ANNOUNCE: SignedDuration = SignedDuration::from_secs(600);
+/// Verdicts kept of optimizations that are no longer in the specification.
+const REMEMBERED: usize = 16;
 /// Decisions kept in status.
 const DECISIONS: usize = 20;
 
@@ -294,6 +296,10 @@ impl Machine<'_> {
             };
             self.status.optimizations.push(entry);
         }
+        // Taking an optimization out of the list and putting it back is no word that it may try again.
+        let listed = |entry: &OptimizationStatus| self.rollout.optimization(&entry.name).is_some();
+        let removed = known.into_iter().filter(|o| o.state == OptimizationState::RolledBack && !listed(o));
+        self.status.optimizations.extend(removed.take(REMEMBERED));
     }
 
     fn verbs(&mut self) {
