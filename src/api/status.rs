@@ -110,6 +110,19 @@ pub struct StageStatus {
     /// Whether the user has let the rest of the bake be skipped, or granted the approval.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub promoted: Option<Promotion>,
+    /// What the stable pods had suffered before they took the optimizations, which is not held against these.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub before: Option<Suffered>,
+}
+
+/// What pods have suffered in their life.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Suffered {
+    /// Restarts of the pod that has restarted most.
+    pub restarts: i32,
+    /// Pods that were killed for want of memory.
+    pub oom_killed: i32,
 }
 
 /// A user's word on a stage.

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::api::{
     Approval, Blame, Comparison, Decision, DeletionPolicy, KpiStatus, Mode, OptimizationState,
-    OptimizationStatus, Phase, Promotion, RolloutStatus, StageStatus, Step, Verdict, What,
+    OptimizationStatus, Phase, Promotion, RolloutStatus, StageStatus, Step, Suffered, Verdict, What,
 };
 
 /// How long a shared alarm waits for an owned one before everything is rolled back.
@@ -461,6 +461,7 @@ impl Machine<'_> {
             observed: crate::api::Duration::default(),
             blame: None,
             promoted: None,
+            before: None,
         });
         self.status.kpis.clear();
         for name in self.active() {
@@ -616,11 +617,13 @@ impl Machine<'_> {
 
     /// Turns to one of the two last steps.
     fn finish(&mut self, step: Step) {
+        let stable = self.snapshot.variants.get(&Variant::Stable);
         if let Some(stage) = &mut self.status.stage {
             stage.step = step;
             stage.attempt_at = Time(self.now);
             stage.exposed_at = None;
             stage.blame = None;
+            stage.before = Some(stable.map(suffered).unwrap_or_default());
         }
         self.status.kpis.clear();
     }
@@ -782,12 +785,7 @@ impl Machine<'_> {
         let seen = self.snapshot.variants.get(&candidate)?;
         let reference =
             reference.and_then(|variant| self.snapshot.variants.get(&variant)).unwrap_or(&nothing);
-        let killed =
-            |seen: &Observed| seen.pods.iter().filter(|pod| pod.oom_killed && !pod.terminating).count();
-        // The worst pod of each arm, so that arms of different size compare.
-        let restarts = |seen: &Observed| {
-            seen.pods.iter().filter(|pod| !pod.terminating).map(|pod| pod.restarts).max().unwrap_or_default()
-        };
+        let (now, then) = (suffered(seen), stage.before.unwrap_or_else(|| suffered(reference)));
         let stuck = |seen: &Observed| {
             seen.pods
                 .iter()
@@ -799,18 +797,18 @@ impl Machine<'_> {
                 })
                 .map(|pod| pod.name.clone())
         };
-        if killed(seen) > killed(reference) {
+        if now.oom_killed > then.oom_killed {
             return Some(format!(
                 "kubernetes: a pod of {} was killed for want of memory, none of the baseline was",
                 candidate.label()
             ));
         }
-        if restarts(seen) >= restarts(reference) + 2 {
+        if now.restarts >= then.restarts + 2 {
             return Some(format!(
                 "kubernetes: a pod of {} has restarted {} times, the baseline's {} times",
                 candidate.label(),
-                restarts(seen),
-                restarts(reference)
+                now.restarts,
+                then.restarts
             ));
         }
         match (stuck(seen), stuck(reference)) {
@@ -1070,6 +1068,15 @@ impl Machine<'_> {
                 .max(self.now),
             Step::Observing | Step::AwaitingApproval => next_tick,
         }
+    }
+}
+
+/// What the pods of a variant have suffered: of the worst pod, so that arms of different size compare.
+fn suffered(seen: &Observed) -> Suffered {
+    let pods = || seen.pods.iter().filter(|pod| !pod.terminating);
+    Suffered {
+        restarts: pods().map(|pod| pod.restarts).max().unwrap_or_default(),
+        oom_killed: i32::try_from(pods().filter(|pod| pod.oom_killed).count()).unwrap_or(i32::MAX),
     }
 }
 
