@@ -138,7 +138,8 @@ pub struct Cluster {
     pub full_until: i64,
     /// Losses of serving production pods by their own fault, with the time.
     pub own_losses: Vec<i64>,
-    /// Serving production pods when the operator last read them, and when that was: what it does is measured by what it knew.
+    /// When the operator last wrote a Deployment, and the production pods that served when it read what it decided upon: a pod that
+    /// comes back in between is not known to it.
     pub read: (i64, i32),
     /// Faults that the checks found here: serving pods taken below the user's replicas.
     pub faults: Vec<String>,
@@ -787,7 +788,11 @@ impl Cluster {
         self.pods
             .values()
             .filter(|pod| pod.deployment == deployment && pod.ready)
-            .map(|pod| pod.on.clone())
+            .map(|pod| {
+                let felt =
+                    |index: &&usize| !self.known[**index].effect.production_only || pod.variant.serves();
+                pod.on.iter().filter(felt).copied().collect()
+            })
             .collect()
     }
 

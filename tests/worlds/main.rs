@@ -47,6 +47,14 @@ fn judged(expect: &Expect, outcome: &Outcome) -> Vec<String> {
             }
         }
     }
+    let signal = |o: &&synthex_operator::api::OptimizationStatus| {
+        o.state == OptimizationState::RolledBack && o.reason.starts_with("kubernetes")
+    };
+    if expect.no_signal
+        && let Some(optimization) = status.optimizations.iter().find(signal)
+    {
+        wrong.push(format!("what is no harm was taken for a signal: {}", optimization.reason));
+    }
     let ended = outcome.gone || matches!(status.phase, Phase::Completed | Phase::RolledBack);
     if expect.ends && !ended {
         wrong.push(format!("I7: has not ended but is {:?} {:?}", status.phase, status.stage));

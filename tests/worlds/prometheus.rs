@@ -42,6 +42,8 @@ pub struct Prometheus {
     pub interval: i64,
     /// Seconds until a sample can be read.
     latency: i64,
+    /// Whether a counter of errors exists only from its first error on.
+    lazy: bool,
     targets: BTreeMap<String, Target>,
     /// The gauge, by Deployment.
     gauges: BTreeMap<String, Vec<(i64, f64)>>,
@@ -54,6 +56,7 @@ impl Prometheus {
             health: Health::Well,
             interval,
             latency: 1,
+            lazy: seed % 3 == 0,
             targets: BTreeMap::new(),
             gauges: BTreeMap::new(),
             rng: Rng::new(seed, 2),
@@ -151,6 +154,9 @@ impl Prometheus {
                     && !target.stale.iter().any(|stale| stale > at && *stale <= tick)
                 {
                     for (column, index) in columns.iter_mut().zip(wanted) {
+                        if self.lazy && *index == bad && counters[bad] == 0 {
+                            continue;
+                        }
                         column.push((tick, if times { *at as f64 } else { counters[*index] as f64 }));
                     }
                 }

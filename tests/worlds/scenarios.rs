@@ -50,6 +50,8 @@ pub struct Expect {
     pub kept: Vec<String>,
     /// Must come to an end.
     pub ends: bool,
+    /// Kubernetes' own signals tell of no harm.
+    pub no_signal: bool,
     /// The object must be gone at the end.
     pub deleted: bool,
 }
@@ -100,13 +102,13 @@ pub fn scenario(kind: Kind, seed: u64) -> (Setup, Expect) {
     let mut foreign = vec![];
     // Far above what can be told from the unlikeness of two pods: a third of the queries and more.
     let large = |rng: &mut Rng, rate: f64| rng.range(30, 60) as f64 / 100.0 / rate;
-    let arms = ["", "canary", "baseline", "staging-canary", "staging-baseline"];
+    let arms = ["", "", "baseline", "staging-baseline"];
     let production_only = rng.chance(0.6);
     let noise = |rng: &mut Rng, script: &mut Vec<(i64, Act)>| {
         for _ in 0..rng.range(0, 4) {
             let time = rng.range(60, 1500);
             match rng.range(0, 2) {
-                0 => script.push((time, Act::Evict(rng.pick(&arms)))),
+                0 => script.push((time, Act::Evict(rng.pick(&["", "canary", "baseline", "staging-canary"])))),
                 1 => script.push((time, Act::CrashPod(rng.pick(&arms)))),
                 _ => {
                     let node = rng.range(0, 2) as usize;
@@ -146,18 +148,42 @@ pub fn scenario(kind: Kind, seed: u64) -> (Setup, Expect) {
     match kind {
         Kind::Healthy => {
             noise(&mut rng, &mut script);
+            expect.no_signal = true;
+            // Pods that had their troubles before they took any optimization.
+            for _ in 0..rng.range(0, 8) {
+                script.push((rng.range(20, 500), Act::CrashPod("")));
+            }
+            // One more, error counters that exist from the first error on, and a bound that is kept.
+            spec["kpis"] = json!([
+                {"name": "query-errors", "errorRatio": {
+                    "errors": "synthex_runtime_queries_total{$arm,outcome=~\"error|shed\"}",
+                    "total": "synthex_runtime_queries_total{$arm}"}},
+                {"name": "gauge", "threshold": {"query": "max(world_gauge{$arm})", "max": 0.9}},
+            ]);
             crashes = if rng.chance(0.3) { 0.02 } else { 0.0 };
         }
         Kind::OwnedHarm => {
             effects[1] = owned(&mut rng, &traffic);
             expect.harmful = keep(&["connections"]);
             crashes = if rng.chance(0.5) { 0.02 } else { 0.0 };
+            if !canonical && rng.chance(0.3) {
+                let time = rng.range(300, 1500);
+                script.push((time, Act::RemoveOptimization("connections".into())));
+                script.push((time + rng.range(1, 300), Act::AddOptimization(json!({"name": "connections"}))));
+            }
             if canonical {
                 effects[1].production_only = true;
             }
         }
         Kind::SharedHarm => {
-            effects[0] = shared(&mut rng, &traffic);
+            effects[0] = if rng.chance(0.3) {
+                spec["kpis"] = json!([
+                    {"name": "gauge", "threshold": {"query": "max(world_gauge{$arm})", "max": 0.9, "consecutive": rng.range(1, 4)}},
+                ]);
+                Effect { gauge: 1.5, production_only, ..effect() }
+            } else {
+                shared(&mut rng, &traffic)
+            };
             expect.harmful = keep(&["memory"]);
             crashes = if rng.chance(0.5) { 0.02 } else { 0.0 };
         }
@@ -210,11 +236,10 @@ pub fn scenario(kind: Kind, seed: u64) -> (Setup, Expect) {
             for stage in spec["stages"].as_array_mut().into_iter().flatten() {
                 if rng.chance(0.3) {
                     stage["approval"] = json!("Required");
-                    for at in 0..20 {
-                        let name = stage["name"].as_str().unwrap_or_default().to_owned();
-                        script.push((300 + at * 200, Act::Verb("promote", name)));
-                    }
                 }
+            }
+            for at in 0..40 {
+                script.push((1600 + at * 100, Act::Verb("promote", "{stage}".to_owned())));
             }
             if rng.chance(0.3) {
                 effects[1] = owned(&mut rng, &traffic);

@@ -131,6 +131,8 @@ pub struct World {
     operator: Operator,
     due: i64,
     up_at: i64,
+    /// Serving production pods when the operator last read them.
+    read: i32,
     /// Somebody else has taken capacity away; until then it is not measured.
     meddled_until: i64,
     resolved: Option<(i64, Result<Rollout, Refusal>)>,
@@ -191,6 +193,7 @@ impl World {
             operator: Operator::default(),
             due: 0,
             up_at: 0,
+            read: 0,
             meddled_until: 0,
             resolved: None,
             faults: Rng::new(setup.seed, 3),
@@ -405,7 +408,6 @@ impl World {
             Act::RemoveOptimization(name) => {
                 if spec.optimizations.len() > 1 {
                     spec.optimizations.retain(|optimization| optimization.name != name);
-                    self.checks.banned.remove(&name);
                 }
             }
             Act::AddOptimization(value) => {
@@ -521,7 +523,7 @@ impl World {
             self.second();
         }
         self.cluster.pods_seen(&mut snapshot.variants, asks, at, self.now);
-        self.cluster.read = (self.now, self.cluster.serving());
+        self.read = self.cluster.serving();
         self.pass_time();
         (snapshot, objects)
     }
@@ -878,6 +880,7 @@ impl World {
                 }
             }
             Write::Delete { kind, name } => {
+                self.cluster.read = (self.now, self.read);
                 if self.checks.foreign.contains_key(&((*kind).to_owned(), name.clone())) {
                     self.violated(format!("I8: {kind} {name} of somebody else is deleted"));
                 }
@@ -891,6 +894,7 @@ impl World {
                     self.check_config(&name, body);
                 }
                 if kind == "Deployment" {
+                    self.cluster.read = (self.now, self.read);
                     self.check_replicas(rollout, &name, body);
                 }
             }
