@@ -186,7 +186,7 @@ impl Account {
                 .insert(id, Decision { what: text("what"), why: text("why"), time: text("time") })
                 .is_none();
             if new && decision["what"] == "OptimizationRolledBack" {
-                self.switched_off_after = switched_off_after(cluster)?;
+                self.switched_off_after = switched_off_after(cluster);
             }
         }
         self.rollout = rollout.clone();
@@ -229,39 +229,29 @@ impl Account {
 
 /// How long after the decision to roll back the last of the pods that ran with the guilty took a configuration without it: by
 /// the event of the decision and the pods' own logs. The pods are about to be replaced, and still there since they drain.
-fn switched_off_after(cluster: &Cluster) -> Result<Option<Duration>> {
-    let chosen = ".items[?(@.reason==\"OptimizationRolledBack\")].eventTime";
-    let decided = cluster.kubectl(&[
-        "-n",
-        NAMESPACE,
-        "get",
-        "events.events.k8s.io",
-        &format!("--output=jsonpath={{{chosen}}}"),
-    ])?;
-    let Ok(decided) = unix_seconds(decided.split_whitespace().next_back().unwrap_or_default()) else {
-        return Ok(None);
+fn switched_off_after(cluster: &Cluster) -> Option<Duration> {
+    let ask = |args: &[&str]| {
+        cluster.kubectl(&[&["-n", NAMESPACE], args].concat()).map_err(|error| error.to_string())
     };
     let canary = "synthex.io/variant in (canary,staging-canary)";
-    let pods = cluster.kubectl(&[
-        "-n",
-        NAMESPACE,
-        "get",
-        "pods",
-        "--selector",
-        canary,
-        "--output=jsonpath={.items[*].metadata.name}",
-    ])?;
-    let mut last: Option<f64> = None;
-    for pod in pods.split_whitespace() {
-        // A pod that has not started yet has never had the guilty, and has no log.
-        let Ok(log) = cluster.kubectl(&["-n", NAMESPACE, "logs", pod, "--tail=200"]) else { continue };
-        let applied = log.lines().filter(|line| line.contains("configuration applied"));
-        let times = applied
-            .filter_map(|line| unix_seconds(line.split_whitespace().next()?).ok())
-            .filter(|time| *time >= decided);
-        last = times.chain(last).reduce(f64::max);
-    }
-    Ok(last.map(|time| Duration::from_secs_f64(time - decided)))
+    let names = "--output=jsonpath={.items[*].metadata.name}";
+    let event = "--output=jsonpath={.items[?(@.reason==\"OptimizationRolledBack\")].eventTime}";
+    let probe = || {
+        // The status is written first, the event last.
+        let decided = unix_seconds(&ask(&["get", "events.events.k8s.io", event])?)
+            .map_err(|error| error.to_string())?;
+        let mut last: Option<f64> = None;
+        for pod in ask(&["get", "pods", "--selector", canary, names])?.split_whitespace() {
+            // A pod that has not started yet has never had the guilty, and has no log.
+            let Ok(log) = ask(&["logs", pod, "--tail=200"]) else { continue };
+            let applied = log.lines().filter(|line| line.contains("configuration applied"));
+            let times = applied.filter_map(|line| unix_seconds(line.split_whitespace().next()?).ok());
+            last = times.filter(|time| *time >= decided).chain(last).reduce(f64::max);
+        }
+        last.map(|time| Duration::from_secs_f64(time - decided))
+            .ok_or_else(|| "no pod tells of it yet".to_owned())
+    };
+    wait("the configuration without the guilty", Duration::from_secs(4), || Ok(probe())).ok()
 }
 
 /// Unix time of an RFC 3339 time in UTC.
