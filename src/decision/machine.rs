@@ -422,6 +422,8 @@ impl Machine<'_> {
         };
         if let Some(planned) = self.rollout.stages.iter().rfind(exposes_no_more) {
             stage.name.clone_from(&planned.name);
+            // What was seen of the removed stage is no proof of this one: its evidence starts afresh.
+            "removed".clone_into(&mut stage.subject);
             return;
         }
         let failing = self.failing();
