@@ -489,6 +489,10 @@ impl Cluster {
         if served {
             let (serving, excused) = (self.serving(), self.broken() + self.own_losses.len() as i32);
             let floor = if now - self.read.0 <= 8 { self.floor.min(self.read.1) } else { self.floor };
+            if serving + excused < self.floor {
+                // It did not serve when it was given up.
+                self.own_losses.push(now);
+            }
             if serving + excused < floor {
                 self.faults.push(format!(
                     "I4: {name} was taken away and {serving} pods serve ({excused} broke by themselves), {} are the user's",

@@ -141,7 +141,7 @@ fn healthy() {
 
 #[test]
 fn owned_harm() {
-    let worlds = live(Kind::OwnedHarm, 24);
+    let worlds = live(Kind::OwnedHarm, 16);
     for (expect, outcome) in &worlds {
         assert!(outcome.decided.iter().any(|(what, _)| *what == What::OptimizationRolledBack));
         let _ = expect;
@@ -150,52 +150,52 @@ fn owned_harm() {
 
 #[test]
 fn shared_harm() {
-    live(Kind::SharedHarm, 20);
+    live(Kind::SharedHarm, 14);
 }
 
 #[test]
 fn two_harms() {
-    live(Kind::TwoHarms, 16);
+    live(Kind::TwoHarms, 12);
 }
 
 #[test]
 fn breaking_pods() {
-    live(Kind::Breaking, 20);
+    live(Kind::Breaking, 16);
 }
 
 #[test]
 fn outages() {
-    live(Kind::Outage, 24);
+    live(Kind::Outage, 16);
 }
 
 #[test]
 fn verbs() {
-    live(Kind::Verbs, 30);
+    live(Kind::Verbs, 20);
 }
 
 #[test]
 fn edits() {
-    live(Kind::Edits, 40);
+    live(Kind::Edits, 24);
 }
 
 #[test]
 fn deletion() {
-    live(Kind::Deletion, 24);
+    live(Kind::Deletion, 16);
 }
 
 #[test]
 fn observing() {
-    live(Kind::Observe, 12);
+    live(Kind::Observe, 6);
 }
 
 #[test]
 fn against_stable() {
-    live(Kind::Stable, 16);
+    live(Kind::Stable, 12);
 }
 
 #[test]
 fn chaos() {
-    live(Kind::Chaos, 40);
+    live(Kind::Chaos, 28);
 }
 
 #[test]
@@ -206,8 +206,9 @@ fn foreign_objects() {
 /// I5: whichever write the operator crashes after, the same decisions follow.
 #[test]
 fn a_crash_after_every_write() {
-    for (kind, seed) in [(Kind::Healthy, 1_000_000), (Kind::OwnedHarm, 1_000_000)] {
-        let (mut setup, _) = scenario(kind, seed);
+    // Every write of the one with a rollback, which is the richer; every fifth of the other.
+    for (kind, every) in [(Kind::OwnedHarm, 1), (Kind::Healthy, 5)] {
+        let (mut setup, _) = scenario(kind, 1_000_000);
         setup.crashes = 0.0;
         setup.failing = 0.0;
         setup.slow = 0.0;
@@ -223,7 +224,7 @@ fn a_crash_after_every_write() {
             for _ in 0..2 {
                 scope.spawn(|| {
                     loop {
-                        let write = next.fetch_add(1, Ordering::Relaxed);
+                        let write = next.fetch_add(every, Ordering::Relaxed);
                         if write > calm.writes {
                             break;
                         }
@@ -237,7 +238,7 @@ fn a_crash_after_every_write() {
                 });
             }
         });
-        println!("{kind:?}: a crash after each of {} writes", calm.writes);
+        println!("{kind:?}: a crash after every {every}. of {} writes", calm.writes);
     }
 }
 

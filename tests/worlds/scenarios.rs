@@ -60,11 +60,11 @@ pub struct Expect {
 pub fn scenario(kind: Kind, seed: u64) -> (Setup, Expect) {
     let mut rng = Rng::new(seed, 100 + kind as u64);
     let canonical = seed >= 1_000_000;
-    let interval = rng.pick(&[2, 5, 15]);
-    let n = if canonical { 10 } else { rng.pick(&[1, 2, 3, 4, 5, 8, 10, 10, 12, 20, 40]) };
+    let interval = if canonical { 5 } else { rng.pick(&[2, 5, 15]) };
+    let n = if canonical { 5 } else { rng.pick(&[1, 2, 3, 4, 5, 8, 10, 10, 12, 20, 40]) };
     let weights: Vec<i32> =
         [10, 25, 50, 100].into_iter().filter(|weight| !replicas::exceeds(n, *weight)).collect();
-    let bake = |rng: &mut Rng| format!("{}s", if canonical { 60 } else { rng.range(4, 16) * 15 });
+    let bake = |rng: &mut Rng| format!("{}s", if canonical { 30 } else { rng.range(4, 16) * 15 });
     let mut stages: Vec<Value> = vec![];
     if canonical || rng.chance(0.7) {
         stages.push(json!({
@@ -73,7 +73,7 @@ pub fn scenario(kind: Kind, seed: u64) -> (Setup, Expect) {
         }));
     }
     for weight in &weights {
-        if canonical || rng.chance(0.8) || *weight == 100 {
+        if (canonical && *weight >= 50) || (!canonical && rng.chance(0.8)) || *weight == 100 {
             stages.push(json!({"name": format!("p{weight}"), "duration": bake(&mut rng), "weight": weight}));
         }
     }
@@ -336,6 +336,8 @@ pub fn scenario(kind: Kind, seed: u64) -> (Setup, Expect) {
         }
     }
     if canonical {
+        traffic.query_errors = 0.01;
+        traffic.upstream_errors = 0.005;
         traffic.heterogeneity = 0.0;
         traffic.bursts = 0.0;
     }
