@@ -51,7 +51,9 @@ pub(crate) fn start(build: &mut Build) -> Result<Cluster> {
     let (port, stdin) = listener()?;
     build.pki.kubeconfig("admin", &format!("https://127.0.0.1:{port}"), &Profile::Node.kubeconfig())?;
     let relay = vec!["relay".to_owned(), "127.0.0.1:6443".to_owned()];
-    let relay = Daemon::new("relay", &std::env::current_exe()?, relay);
+    // By way of /proc, since `cargo test` may have replaced the file from which this process was started.
+    let this = PathBuf::from(format!("/proc/{}/exe", std::process::id()));
+    let relay = Daemon::new("relay", &this, relay);
     build.start(Daemon { netns: Some(netns()), stdin: Some(stdin), ..relay })?;
 
     let config = data.join("containerd.toml");
