@@ -15,7 +15,7 @@ use super::{
     replicas::Replicas,
     report,
     resolve::{Place, Refusal, Rollout, Stage},
-    snapshot::{Observed, Snapshot, Verb},
+    snapshot::{Observed, Pod, Snapshot, Verb},
 };
 use crate::api::{
     Approval, Blame, Comparison, Decision, DeletionPolicy, KpiStatus, Mode, OptimizationState,
@@ -783,10 +783,20 @@ impl Machine<'_> {
                 Comparison::Stable => (Variant::Canary, Some(Variant::Stable)),
             },
         };
-        let nothing = Observed::default();
-        let seen = self.snapshot.variants.get(&candidate)?;
-        let reference =
-            reference.and_then(|variant| self.snapshot.variants.get(&variant)).unwrap_or(&nothing);
+        let troubled = |pod: &Pod| pod.restarts > 0 || pod.oom_killed || pod.not_ready_since.is_some();
+        if !self.snapshot.variants.get(&candidate)?.pods.iter().any(troubled) {
+            return None;
+        }
+        // Pods of an older template are on their way out: what was switched off may go on to harm them.
+        let current = |variant: Variant| {
+            let wanted = self.wanted().into_iter().find(|wanted| wanted.variant == variant)?;
+            let template = outline(self.rollout, &wanted).template;
+            let mut seen = self.snapshot.variants.get(&variant)?.clone();
+            seen.pods.retain(|pod| pod.template == template);
+            Some(seen)
+        };
+        let seen = &current(candidate)?;
+        let reference = &reference.and_then(current).unwrap_or_default();
         let (now, then) = (suffered(seen), stage.before.unwrap_or_else(|| suffered(reference)));
         let stuck = |seen: &Observed| {
             seen.pods

@@ -491,7 +491,9 @@ mod tests {
             |name: &str| json!({"name": name, "errorRatio": {"errors": "e{$arm}", "total": "t{$arm}"}});
         let custom = |name: &str, config: Value| json!({"name": name, "config": config});
         let unified = |unified: Value| json!({"optimizations": {"connections": {"unified": unified}}});
-        let cases: Vec<(&str, Vec<(&str, Value)>, &str, &[&str])> = vec![
+        /// Name, changes, reason, and what the message says.
+        type Case<'a> = (&'a str, Vec<(&'a str, Value)>, &'a str, &'a [&'a str]);
+        let cases: Vec<Case<'_>> = vec![
             (
                 "null in a patch",
                 vec![("/optimizations/0/config", json!({"cacheTtl": {"ttl": null}}))],
