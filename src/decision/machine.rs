@@ -575,6 +575,16 @@ impl Machine<'_> {
             let why: Vec<_> = failing.iter().map(|kpi| format!("{}: {}", kpi.name, kpi.message)).collect();
             return self.harm(&failing[0].name, &owners, &why.join("; "), false);
         }
+        // Under Observe an alarm stops promotion for good, also one of Kubernetes that is over.
+        let observe_only = self.rollout.analysis.mode == Mode::Observe;
+        if let Some(stage) = &mut self.status.stage
+            && stage.blame.is_some()
+        {
+            if observe_only {
+                return;
+            }
+            stage.blame = None;
+        }
         let forced =
             self.status.stage.as_ref().is_some_and(|stage| stage.promoted == Some(Promotion::Forced));
         if self.unproven(planned) && (!forced || self.blind()) {
