@@ -106,6 +106,8 @@ pub struct Pod {
     config_due: Option<i64>,
     /// Indices of the known optimizations that are on.
     pub on: Vec<usize>,
+    /// When a leak that has begun kills the container; switching off what leaks does not bring the memory back.
+    leak: Option<i64>,
     unevenness: f64,
     share: f64,
     pub counters: Counters,
@@ -189,16 +191,13 @@ impl Cluster {
                     pod.config_due = Some(due);
                 }
             }
-            Write::Delete { kind, name } => self.delete(kind, name, now),
+            Write::Delete { kind, name } => self.delete(kind, name),
         }
     }
 
-    pub fn delete(&mut self, kind: &str, name: &str, now: i64) {
+    pub fn delete(&mut self, kind: &str, name: &str) {
         match kind {
-            "Deployment" => {
-                self.deployments.remove(name);
-                let _ = now;
-            }
+            "Deployment" => drop(self.deployments.remove(name)),
             "ConfigMap" => drop(self.config_maps.remove(name)),
             _ => drop(self.services.remove(name)),
         }
@@ -430,7 +429,6 @@ impl Cluster {
         if spare <= 0 {
             return;
         }
-        let mut cleaned = 0;
         for index in 0..deployment.sets.len() {
             let (of, size) = deployment.sets[index].clone();
             if of == template {
@@ -439,9 +437,7 @@ impl Cluster {
             let unhealthy = (size - self.available(uid, Some(&of))).clamp(0, spare);
             deployment.sets[index].1 -= unhealthy;
             spare -= unhealthy;
-            cleaned += unhealthy;
         }
-        let _ = cleaned;
         let mut down = available - replicas;
         for (of, size) in &mut deployment.sets {
             if *of != template && down > 0 {
@@ -533,6 +529,7 @@ impl Cluster {
             config: None,
             config_due: None,
             on: vec![],
+            leak: None,
             unevenness: (self.traffic.heterogeneity * own.normal()).exp(),
             share: (0.2 * own.normal()).exp(),
             counters: [0; 4],
@@ -652,10 +649,9 @@ impl Cluster {
             return;
         }
         let crash: f64 = effects.iter().filter(felt).map(|effect| effect.crash).sum();
-        let oom = effects
-            .iter()
-            .filter(felt)
-            .any(|effect| effect.oom_after > 0 && now - started >= effect.oom_after);
+        let leak = effects.iter().filter(felt).map(|effect| effect.oom_after).find(|after| *after > 0);
+        pod.leak = pod.leak.or(leak.map(|after| started + after));
+        let oom = pod.leak.is_some_and(|at| at <= now);
         if oom || (crash > 0.0 && self.rng.chance(crash)) {
             self.crash(pod, oom, now);
         }
@@ -668,6 +664,7 @@ impl Cluster {
         }
         pod.restarts += 1;
         pod.oom = oom;
+        pod.leak = None;
         pod.broken = true;
         pod.ready = false;
         pod.unready_since = Some(now);

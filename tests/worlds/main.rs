@@ -141,10 +141,18 @@ fn healthy() {
 
 #[test]
 fn owned_harm() {
-    let worlds = live(Kind::OwnedHarm, 16);
-    for (expect, outcome) in &worlds {
-        assert!(outcome.decided.iter().any(|(what, _)| *what == What::OptimizationRolledBack));
-        let _ = expect;
+    for (expect, outcome) in live(Kind::OwnedHarm, 16) {
+        let whys: Vec<_> = outcome
+            .decided
+            .iter()
+            .filter(|(what, _)| *what == What::OptimizationRolledBack)
+            .map(|(_, why)| why.as_str())
+            .collect();
+        assert!(!whys.is_empty(), "{expect:?} {:?}", outcome.decided);
+        // Once the guilty is known, what its pods still suffer is not held against the others.
+        if whys[0].starts_with("connections switched off") {
+            assert_eq!(whys.len(), 1, "{whys:?}\n{}", tail(&outcome));
+        }
     }
 }
 

@@ -56,7 +56,7 @@ impl Prometheus {
             health: Health::Well,
             interval,
             latency: 1,
-            lazy: seed % 3 == 0,
+            lazy: seed.is_multiple_of(3),
             targets: BTreeMap::new(),
             gauges: BTreeMap::new(),
             rng: Rng::new(seed, 2),

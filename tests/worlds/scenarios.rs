@@ -167,6 +167,10 @@ pub fn scenario(kind: Kind, seed: u64) -> (Setup, Expect) {
             expect.harmful = keep(&["connections"]);
             crashes = if rng.chance(0.5) { 0.02 } else { 0.0 };
             if !canonical && rng.chance(0.3) {
+                // It leaks, too: found by its KPI first, it must not drag the others along.
+                effects[1].oom_after = rng.range(20, 60);
+            }
+            if !canonical && rng.chance(0.3) {
                 let time = rng.range(300, 1500);
                 script.push((time, Act::RemoveOptimization("connections".into())));
                 script.push((time + rng.range(1, 300), Act::AddOptimization(json!({"name": "connections"}))));
@@ -236,6 +240,17 @@ pub fn scenario(kind: Kind, seed: u64) -> (Setup, Expect) {
             for stage in spec["stages"].as_array_mut().into_iter().flatten() {
                 if rng.chance(0.3) {
                     stage["approval"] = json!("Required");
+                }
+            }
+            if rng.chance(0.5) {
+                outage(&mut rng, &mut script);
+                // The user loses patience just then.
+                let away = |(at, act): &(i64, Act)| {
+                    matches!(act, Act::Telemetry(health) if *health != Health::Well).then_some(*at)
+                };
+                let times: Vec<i64> = script.iter().filter_map(away).collect();
+                for time in times {
+                    script.push((time + rng.range(1, 40), Act::Verb("promote", "force:{stage}".to_owned())));
                 }
             }
             for at in 0..40 {
@@ -308,9 +323,15 @@ pub fn scenario(kind: Kind, seed: u64) -> (Setup, Expect) {
         }
         Kind::Observe => {
             spec["analysis"]["mode"] = json!("Observe");
-            effects[1] = owned(&mut rng, &traffic);
+            if rng.chance(0.5) {
+                effects[1] = owned(&mut rng, &traffic);
+                expect.harmful = keep(&["connections"]);
+            } else {
+                effects[0] = Effect { oom_after: rng.range(10, 60), production_only, ..effect() };
+                expect.harmful = keep(&["memory"]);
+                script.push((rng.range(100, 600), Act::Evict("canary")));
+            }
             expect.kept = keep(&names);
-            expect.harmful = keep(&["connections"]);
             expect.ends = false;
             horizon = 2500;
         }

@@ -329,7 +329,7 @@ impl World {
                     self.meddled_until = self.now + 60;
                     self.cluster.floor = 0;
                 }
-                self.cluster.delete(kind, &name, self.now);
+                self.cluster.delete(kind, &name);
             }
             Act::Scale(suffix, replicas) => {
                 let name = if suffix.is_empty() { "w".to_owned() } else { format!("w-{suffix}") };
