@@ -28,8 +28,11 @@ pub fn init_logging(format: LogFormat) -> anyhow::Result<()> {
             .with_context(|| format!("LOG_LEVEL is {name:?}; write error, warn, info, debug or trace"))?,
         Err(_) => tracing::Level::INFO,
     };
-    let subscriber =
-        tracing_subscriber::fmt().with_max_level(level).with_target(false).with_writer(std::io::stderr);
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_target(false)
+        .with_ansi(false)
+        .with_writer(std::io::stderr);
     match format {
         LogFormat::Text => subscriber.init(),
         LogFormat::Json => subscriber.json().flatten_event(true).init(),
