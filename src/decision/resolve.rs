@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use synthex_runtime::config::Config;
 
 use super::{
-    judge::{Kpi, Test},
+    judge::Kpi,
     replicas,
 };
 use crate::api::{
@@ -104,7 +104,7 @@ pub enum Place {
 /// Why a specification cannot be followed, and what to change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// Reason of the `Stalled` condition, CamelCase.
+    /// Cause of the `Stalled` condition, CamelCase.
     pub reason: &'static str,
     /// What is wrong, where, and the remedy.
     pub message: String,
@@ -132,9 +132,16 @@ impl Rollout {
             .chain(self.optimizations.iter().filter(|o| on.contains(&o.name)).flat_map(|o| &o.kpis))
     }
 
-    /// Number of KPIs over which alpha is spent: all of them, whichever are on, so that it is fixed at the start.
-    pub fn kpi_count(&self) -> usize {
-        self.shared.len() + self.optimizations.iter().map(|o| o.kpis.len()).sum::<usize>()
+    /// Every KPI, whichever optimizations are on.
+    pub fn all_kpis(&self) -> impl Iterator<Item = &Kpi> {
+        self.shared.iter().chain(self.optimizations.iter().flat_map(|o| &o.kpis))
+    }
+
+    /// A KPI's share of the false-rollback probability: its weight among those of all KPIs that are tested and may act, whichever
+    /// are on, so that it is fixed at the start.
+    pub fn alpha_share(&self, kpi: &Kpi) -> f64 {
+        let spending = self.all_kpis().filter(|kpi| kpi.is_tested() && !kpi.observe_only);
+        kpi.weight / spending.map(|kpi| kpi.weight).sum::<f64>().max(kpi.weight)
     }
 
     /// The runtime's configuration with the optimizations `on`, as the file that the pods mount.
@@ -257,18 +264,84 @@ fn bundled(name: &str) -> Option<Value> {
     }
 }
 
-/// KPIs that a bundled optimization alone can move. Memory and monitoring cannot move an error rate of their own.
+/// KPIs that a bundled optimization alone can move, with the benefits that the seed promises. Which can move which is measured; see
+/// the runtime's README. Memory and monitoring cannot move an error rate of their own.
 fn bundled_kpis(name: &str) -> Vec<crate::api::Kpi> {
+    use crate::api::{Expect, Gauge, Kpi, OnMiss, Threshold};
+    let promised = |change: f64| Some(Expect { change, on_miss: OnMiss::Warn });
+    let gauge = |name: &str, query: &str, change: f64| Kpi {
+        gauge: Some(Gauge::new(query)),
+        expect: promised(change),
+        ..Kpi::named(name).secondary()
+    };
+    // Since the start of the pod: points are so rare that a rate over minutes would be none most of the time.
+    let per_second = |counter: &str| {
+        format!(
+            "sum by (pod) ({counter}{{$arm}}) / sum by (pod) (time() - process_start_time_seconds{{$arm}})"
+        )
+    };
     match name {
-        "connections" => vec![crate::api::Kpi {
-            name: "upstream-errors".into(),
-            required: true,
-            error_ratio: Some(ErrorRatio::new(
-                r#"synthex_runtime_upstream_requests_total{$arm,outcome!="ok"}"#,
-                "synthex_runtime_upstream_requests_total{$arm}",
-            )),
-            threshold: None,
-        }],
+        "memory" => vec![
+            gauge("memory", "sum by (pod) (process_resident_memory_bytes{$arm})", -0.35),
+            gauge(
+                "allocations",
+                "sum by (pod) (rate(synthex_runtime_allocator_allocations_total{$arm}[$window])) / sum by (pod) (rate(synthex_runtime_queries_total{$arm}[$window]))",
+                -0.70,
+            ),
+            Kpi {
+                error_ratio: Some(ErrorRatio {
+                    minimum_effect: 0.02,
+                    ..ErrorRatio::new(
+                        r#"synthex_runtime_cache_requests_total{$arm,result="miss"}"#,
+                        "synthex_runtime_cache_requests_total{$arm}",
+                    )
+                }),
+                ..Kpi::named("cache-misses").secondary()
+            },
+            Kpi {
+                observe_only: true,
+                threshold: Some(Threshold {
+                    query: r#"sum(synthex_runtime_pool_acquired_total{$arm,result="hit"}) / sum(synthex_runtime_pool_acquired_total{$arm})"#.into(),
+                    max: None,
+                    min: Some(0.80),
+                    consecutive: 3,
+                }),
+                ..Kpi::named("pool-reuse").secondary()
+            },
+        ],
+        "connections" => vec![
+            Kpi {
+                error_ratio: Some(ErrorRatio::new(
+                    r#"synthex_runtime_upstream_requests_total{$arm,outcome!="ok"}"#,
+                    "synthex_runtime_upstream_requests_total{$arm}",
+                )),
+                ..Kpi::named("upstream-errors")
+            },
+            Kpi {
+                error_ratio: Some(ErrorRatio {
+                    minimum_effect: 0.02,
+                    ..ErrorRatio::new(
+                        "synthex_runtime_upstream_connections_opened_total{$arm}",
+                        "synthex_runtime_upstream_requests_total{$arm}",
+                    )
+                }),
+                ..Kpi::named("new-connections").secondary()
+            },
+            gauge(
+                "open-connections",
+                "sum by (pod) (synthex_runtime_upstream_connections_open{$arm})",
+                -0.65,
+            ),
+            gauge(
+                "connection-wait",
+                "sum by (pod) (rate(synthex_runtime_upstream_acquire_seconds_sum{$arm}[$window])) / sum by (pod) (rate(synthex_runtime_upstream_acquire_seconds_count{$arm}[$window]))",
+                -0.30,
+            ),
+        ],
+        "monitoring" => vec![
+            gauge("data-points", &per_second("synthex_runtime_monitor_points_total"), -0.96),
+            gauge("monitoring-cpu", &per_second("synthex_runtime_monitor_cpu_seconds_total"), -0.80),
+        ],
         _ => vec![],
     }
 }
@@ -429,16 +502,6 @@ fn runnable_configs(rollout: &Rollout) -> Result<Config, Refusal> {
         }
     }
     Ok(base)
-}
-
-impl Kpi {
-    /// Canary requests after which the absence of events is evidence enough: 3 / minimum effect (rule of three).
-    pub fn minimum_requests(&self) -> Option<f64> {
-        match &self.test {
-            Test::ErrorRatio { minimum_effect, .. } => Some(3.0 / minimum_effect),
-            Test::Threshold { .. } => None,
-        }
-    }
 }
 
 #[cfg(test)]

@@ -1,29 +1,92 @@
 //! From a KPI and the arms to PromQL. Pure.
 
-use super::{Arm, Arms, Kpi, Test};
+use super::{Kpi, Test, Trial};
 
 /// What stands for the arms' matchers in a query.
 pub(super) const ARM: &str = "$arm";
 
-/// The range queries of one KPI, in the order in which [`super::fold`] takes their answers: errors, total and time of the last
-/// sample of total for an error ratio (none without a baseline), the query itself for a threshold.
-///
-/// One query serves both arms; the answer is split by the name of the pod. The time of a sample is known where `total` is a
-/// selector. For any other expression Prometheus gives the time of evaluation, and its samples are always taken as fresh.
-pub fn queries(kpi: &Kpi, arms: &Arms) -> Vec<String> {
-    match (&kpi.test, &arms.baseline) {
-        (Test::ErrorRatio { errors, total, .. }, Some(baseline)) => {
-            let matchers = matchers(&arms.namespace, &[&arms.canary, baseline]);
-            let total = total.replace(ARM, &matchers);
-            // On its own line, the parenthesis cannot be swallowed by a comment at the end of the user's query.
-            let times = format!("timestamp({total}\n)");
-            vec![errors.replace(ARM, &matchers), total, times]
-        }
-        (Test::ErrorRatio { .. }, None) => Vec::new(),
-        (Test::Threshold { query, .. }, _) => {
-            vec![query.replace(ARM, &matchers(&arms.namespace, &[&arms.canary]))]
+/// What stands for the span of a `rate()` in a query of a gauge.
+const WINDOW: &str = "$window";
+
+/// Intervals in `$window`: with the usual two scrapes per interval there are always enough samples for a rate.
+const WINDOW_INTERVALS: i64 = 4;
+
+impl Trial {
+    /// The range queries, in the order in which [`Trial::fold`] takes their answers: errors, total and time of the last
+    /// sample of total for an error ratio; buckets and their time for a latency (none without a baseline); the query itself
+    /// for a gauge; and for a threshold the query of the canary and that of the baseline, where it can be asked.
+    ///
+    /// One query serves both arms; the answer is split by the name of the pod. The time of a sample is known where `total` is a
+    /// selector. For any other expression Prometheus gives the time of evaluation, and its samples are always taken as fresh.
+    pub fn queries(&self) -> Vec<String> {
+        let arms = &self.arms;
+        let of = |deployments: &[&str]| matchers(&arms.namespace, deployments);
+        let canary = arms.canary.deployment.as_str();
+        let Some(baseline) = arms.baseline.as_ref().map(|arm| arm.deployment.as_str()) else {
+            return match &self.kpi.test {
+                Test::Threshold { query, .. } => vec![query.replace(ARM, &of(&[canary]))],
+                _ => vec![],
+            };
+        };
+        let both = of(&[canary, baseline]);
+        match &self.kpi.test {
+            Test::ErrorRatio { errors, total, .. } => {
+                let total = total.replace(ARM, &both);
+                let times = timestamp(&total);
+                vec![errors.replace(ARM, &both), total, times]
+            }
+            Test::Latency { histogram, .. } => {
+                let Some(preflight) = &self.preflight else { return vec![] };
+                if preflight.native {
+                    let all = histogram.replace(ARM, &both);
+                    let times = timestamp(&all);
+                    return vec![all, times];
+                }
+                let wanted = preflight.bounds.iter().flat_map(|bound| forms(bound));
+                let wanted: Vec<String> = wanted.chain(["+Inf".to_owned()]).map(|le| literal(&le)).collect();
+                let some = format!("{both},le=~{}", quoted(&wanted.join("|")));
+                let all = format!("{both},le=\"+Inf\"");
+                vec![histogram.replace(ARM, &some), timestamp(&histogram.replace(ARM, &all))]
+            }
+            Test::Gauge { query, .. } => vec![windowed(query, self.step).replace(ARM, &both)],
+            Test::Threshold { query, .. } if query.contains(ARM) => {
+                vec![query.replace(ARM, &of(&[canary])), query.replace(ARM, &of(&[baseline]))]
+            }
+            Test::Threshold { query, .. } => vec![query.clone()],
         }
     }
+}
+
+/// The range queries of a pre-flight: errors and total, all buckets, or the gauge; nothing is learned of a threshold.
+pub(super) fn lesson(kpi: &Kpi, namespace: &str, deployments: &[String], step: i64) -> Vec<String> {
+    let names: Vec<&str> = deployments.iter().map(String::as_str).collect();
+    let arm = matchers(namespace, &names);
+    match &kpi.test {
+        Test::ErrorRatio { errors, total, .. } => vec![errors.replace(ARM, &arm), total.replace(ARM, &arm)],
+        Test::Latency { histogram, .. } => vec![histogram.replace(ARM, &arm)],
+        Test::Gauge { query, .. } => vec![windowed(query, step).replace(ARM, &arm)],
+        Test::Threshold { .. } => vec![],
+    }
+}
+
+fn windowed(query: &str, step: i64) -> String {
+    query.replace(WINDOW, &format!("{}s", WINDOW_INTERVALS * step))
+}
+
+fn timestamp(selector: &str) -> String {
+    // On its own line, the parenthesis cannot be swallowed by a comment at the end of the user's query.
+    format!("timestamp({selector}\n)")
+}
+
+/// A bound as any version of a client or a server may write it: `1` and `1.0`.
+fn forms(bound: &str) -> Vec<String> {
+    let mut forms = vec![bound.to_owned()];
+    match bound.strip_suffix(".0") {
+        Some(whole) => forms.push(whole.to_owned()),
+        None if bound.bytes().all(|byte| byte.is_ascii_digit()) => forms.push(format!("{bound}.0")),
+        None => {}
+    }
+    forms
 }
 
 /// A query as messages show it: on one line, and cut where it is too long for a status.
@@ -47,8 +110,8 @@ pub fn excerpt(text: &str) -> String {
 }
 
 /// Label matchers for the pods of the arms.
-fn matchers(namespace: &str, arms: &[&Arm]) -> String {
-    let deployments: Vec<String> = arms.iter().map(|arm| literal(&arm.deployment)).collect();
+fn matchers(namespace: &str, deployments: &[&str]) -> String {
+    let deployments: Vec<String> = deployments.iter().map(|name| literal(name)).collect();
     let pods = format!("({})-[a-z0-9]+-[a-z0-9]+", deployments.join("|"));
     format!("namespace={},pod=~{}", quoted(namespace), quoted(&pods))
 }
