@@ -399,11 +399,7 @@ impl Latency {
 impl Gauge {
     /// A gauge of which less is better, with the default tolerance.
     pub fn new(query: &str) -> Self {
-        Self {
-            query: query.into(),
-            direction: Direction::default(),
-            tolerance: default_gauge_tolerance(),
-        }
+        Self { query: query.into(), direction: Direction::default(), tolerance: default_gauge_tolerance() }
     }
 }
 

@@ -434,6 +434,9 @@ pub struct ShareEvidence {
     /// The same of the latest ticks, of which older ones weigh less.
     #[serde(default)]
     pub recent: Carry,
+    /// Requests that one arm has had since the other's last: the baseline's while the canary is silent, and less than 0 the canary's.
+    #[serde(default)]
+    pub silence: f64,
     /// Counts that wait to be compared: of the last tick when only one arm had requests in it, or of a gap in the samples that
     /// only one arm has come back from. They are compared together with those of the next fresh tick.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -18,9 +18,9 @@ use super::{
     snapshot::{Observed, Pod, Snapshot, Verb},
 };
 use crate::api::{
-    Approval, Basis, Blame, Comparison, Decision, DeletionPolicy, KpiStatus, Mode, Numbers, OnInconclusive, OnMiss,
-    OptimizationState, OptimizationStatus, Phase, Preflight, Promotion, Cause, RolloutStatus, StageStatus, Step,
-    Suffered, Track, Verdict, What,
+    Approval, Basis, Blame, Cause, Comparison, Decision, DeletionPolicy, KpiStatus, Mode, Numbers,
+    OnInconclusive, OnMiss, OptimizationState, OptimizationStatus, Phase, Preflight, Promotion,
+    RolloutStatus, StageStatus, Step, Suffered, Track, Verdict, What,
 };
 
 /// How long a shared alarm waits for an owned one before everything is rolled back.
@@ -359,7 +359,8 @@ impl Machine<'_> {
             let known = before.iter().find(|known| known.name == kpi.name && known.reason == kpi.reason);
             kpi.since = known.and_then(|known| known.since.clone()).or(Some(Time(self.now)));
             if known.is_none() && kpi.reason == Cause::Malformed {
-                unreadable.push(format!("{} cannot be read, and the rollout holds: {}", kpi.name, kpi.message));
+                unreadable
+                    .push(format!("{} cannot be read, and the rollout holds: {}", kpi.name, kpi.message));
             }
         }
         for why in unreadable {
@@ -794,7 +795,8 @@ impl Machine<'_> {
         let proof: Vec<_> =
             self.status.kpis.iter().map(|kpi| format!("{}: {}", kpi.name, kpi.message)).collect();
         let observed = self.status.stage.as_ref().map(|stage| stage.observed).unwrap_or_default();
-        let why = format!("stage {} passed after {observed} of observation; {}", planned.name, proof.join("; "));
+        let why =
+            format!("stage {} passed after {observed} of observation; {}", planned.name, proof.join("; "));
         self.decide_on(self.basis(), What::StagePassed, why);
         self.credit(planned);
         if index + 1 < self.rollout.stages.len() {
@@ -944,9 +946,10 @@ impl Machine<'_> {
         let proven = |kpi: &Kpi| {
             let known = self.status.kpis.iter().find(|known| known.name == kpi.name);
             if !kpi.required {
-                let unseen = |known: &&KpiStatus| matches!(known.verdict, Verdict::TelemetryDown | Verdict::NoData);
+                let unseen =
+                    |known: &&KpiStatus| matches!(known.verdict, Verdict::TelemetryDown | Verdict::NoData);
                 return kpi.observe_only
-                    || known.filter(unseen).is_none_or(|known| self.held(known) > self.patience(known.reason));
+                    || known.filter(unseen).is_none_or(|known| self.held(known) > self.brief_patience());
             }
             known.is_some_and(|known| {
                 let shares = known.evidence.as_ref().and_then(|evidence| evidence.shares.first());
@@ -971,12 +974,17 @@ impl Machine<'_> {
         kpi.since.as_ref().map_or(SignedDuration::ZERO, |since| self.now.duration_since(since.0))
     }
 
+    /// How long is waited for what may only be late: a KPI that nothing depends on, the canary's first samples.
+    fn brief_patience(&self) -> SignedDuration {
+        span(self.rollout.analysis.no_data_deadline) / 3
+    }
+
     /// How long a reason is borne before it has a consequence: `noDataDeadline`, a third of it where only the canary lacks samples
     /// or requests, twice as long where nobody asks for anything.
     fn patience(&self, reason: Cause) -> SignedDuration {
         let deadline = span(self.rollout.analysis.no_data_deadline);
         match reason {
-            Cause::CanaryMissing | Cause::CanaryIdle => deadline / 3,
+            Cause::CanaryMissing | Cause::CanaryIdle => self.brief_patience(),
             Cause::Idle => deadline * 2,
             _ => deadline,
         }
@@ -1048,7 +1056,8 @@ impl Machine<'_> {
             (Some(change), Some(tolerated)) => change.estimate <= tolerated - 1.0,
             _ => true,
         });
-        let names: Vec<_> = wanting.iter().map(|known| format!("{}: {}", known.name, known.message)).collect();
+        let names: Vec<_> =
+            wanting.iter().map(|known| format!("{}: {}", known.name, known.message)).collect();
         let names = names.join("; ");
         match self.rollout.analysis.on_inconclusive {
             OnInconclusive::Advance if within => true,
@@ -1112,7 +1121,11 @@ impl Machine<'_> {
                 None => active.iter().cloned().collect(),
             };
             report::credit(&mut self.status.benefits, &known.name, movers, &planned.name, track, change);
-            let expect = self.rollout.all_kpis().find(|kpi| kpi.name == known.name).and_then(|kpi| kpi.expect.as_ref());
+            let expect = self
+                .rollout
+                .all_kpis()
+                .find(|kpi| kpi.name == known.name)
+                .and_then(|kpi| kpi.expect.as_ref());
             missed.extend(
                 expect
                     .and_then(|expect| report::missed(expect, known))
@@ -1180,7 +1193,8 @@ impl Machine<'_> {
             stage.foretold = true;
         }
         if !little.is_empty() {
-            let remedy = "longer stages, more traffic, more replicas or a larger minimumEffect would show more";
+            let remedy =
+                "longer stages, more traffic, more replicas or a larger minimumEffect would show more";
             self.decide(What::Warned, format!("{}; {remedy}", little.join("; ")));
         }
     }

@@ -14,7 +14,8 @@ use super::{
     snapshot::Snapshot,
 };
 use crate::api::{
-    Benefit, Change, Expect, KpiStatus, OptimizationState, Phase, RolloutStatus, StageChange, Step, Track, Verdict,
+    Benefit, Change, Expect, KpiStatus, OptimizationState, Phase, RolloutStatus, StageChange, Step, Track,
+    Verdict,
 };
 
 /// Ticks between two checkpoints of the evidence in status: 5 minutes at the default interval.
@@ -206,7 +207,8 @@ pub fn credit(
 /// Tells each optimization what it alone has brought.
 pub fn benefits(status: &mut RolloutStatus) {
     for optimization in &mut status.optimizations {
-        let own = status.benefits.iter().filter(|benefit| benefit.optimizations == [optimization.name.clone()]);
+        let own =
+            status.benefits.iter().filter(|benefit| benefit.optimizations == [optimization.name.clone()]);
         let told: Vec<_> =
             own.map(|benefit| format!("{} {}", benefit.kpi, described(benefit.overall))).collect();
         optimization.benefit = told.join(", ");

@@ -8,10 +8,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use synthex_runtime::config::Config;
 
-use super::{
-    judge::Kpi,
-    replicas,
-};
+use super::{judge::Kpi, replicas};
 use crate::api::{
     Analysis, Approval, Comparison, DeletionPolicy, Duration, ErrorRatio, Object, OptimizationRollout,
     Staging,
@@ -542,10 +539,24 @@ mod tests {
         let rollout = resolved(&[]).unwrap();
         assert_eq!((rollout.serving_port, rollout.admin_port), (8080, 9090));
         assert_eq!(rollout.image, "synthex-runtime:dev");
-        assert_eq!(rollout.kpi_count(), 2);
+        assert_eq!(rollout.all_kpis().count(), 13);
         let on = BTreeSet::from(["connections".to_owned()]);
         let names: Vec<_> = rollout.kpis(&on).map(|kpi| kpi.name.as_str()).collect();
-        assert_eq!(names, ["query-errors", "upstream-errors"]);
+        assert_eq!(
+            names,
+            [
+                "query-errors",
+                "query-latency",
+                "cpu-per-query",
+                "upstream-errors",
+                "new-connections",
+                "open-connections",
+                "connection-wait"
+            ]
+        );
+        let shares: f64 =
+            rollout.all_kpis().filter(|kpi| kpi.is_tested()).map(|kpi| rollout.alpha_share(kpi)).sum();
+        assert!((shares - 1.0).abs() < 1e-12);
     }
 
     #[test]
@@ -615,7 +626,7 @@ mod tests {
                 "a KPI that is nothing",
                 vec![("/kpis", json!([{"name": "k"}]))],
                 "InvalidKpi",
-                &["KPI k", "errorRatio or threshold"],
+                &["KPI k", "errorRatio, latency, gauge or threshold"],
             ),
             (
                 "a stage that is neither",

@@ -281,8 +281,11 @@ fn series(range: Range, grid: Grid) -> Result<Samples, String> {
     let points: Vec<_> = histograms
         .into_iter()
         .map(|(tick, histogram)| {
-            let mut buckets: Vec<(f64, f64)> =
-                histogram.buckets.into_iter().map(|(_, _, Value(upper), Value(count))| (upper, count)).collect();
+            let mut buckets: Vec<(f64, f64)> = histogram
+                .buckets
+                .into_iter()
+                .map(|(_, _, Value(upper), Value(count))| (upper, count))
+                .collect();
             buckets.sort_by(|(a, _), (b, _)| a.total_cmp(b));
             (tick, histogram.count.0, buckets)
         })

@@ -202,7 +202,9 @@ pub(super) fn above(buckets: &[Series], bounds: &[f64]) -> ([Vec<Series>; KINDS]
     });
     let (mut events, mut totals) = ([vec![], vec![]], vec![]);
     for histogram in sorted.chunk_by(|(a, x), (b, y)| a.pod == b.pod && x.histogram == y.histogram) {
-        let Some((all, of)) = histogram.last().filter(|(_, bucket)| bucket.le == f64::INFINITY) else { continue };
+        let Some((all, of)) = histogram.last().filter(|(_, bucket)| bucket.le == f64::INFINITY) else {
+            continue;
+        };
         let made = |points| Series {
             pod: all.pod.clone(),
             instance: all.instance.clone(),

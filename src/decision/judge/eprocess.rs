@@ -93,8 +93,13 @@ pub(super) fn weigh(
             *weight += c.events * (share(r1) / share(r0)).ln() + b.events * (other(r1) / other(r0)).ln();
         }
     }
-    for (recent, counts) in
-        [(&mut evidence.recent.canary, canary), (&mut evidence.recent.baseline, baseline)]
+    evidence.silence = match (canary.total > 0.0, baseline.total > 0.0) {
+        (true, true) => 0.0,
+        (false, true) => evidence.silence.max(0.0) + baseline.total,
+        (true, false) => evidence.silence.min(0.0) - canary.total,
+        (false, false) => evidence.silence,
+    };
+    for (recent, counts) in [(&mut evidence.recent.canary, canary), (&mut evidence.recent.baseline, baseline)]
     {
         recent.events *= MEMORY;
         recent.total *= MEMORY;

@@ -5,7 +5,7 @@
 
 use std::f64::consts::PI;
 
-use crate::api::{Direction, Evidence, GaugeEvidence, GaugeSums, PodSums, Cause, Verdict};
+use crate::api::{Cause, Direction, Evidence, GaugeEvidence, GaugeSums, PodSums, Verdict};
 
 use super::{
     AnswerHealth, Finding, Grid, Series, Trial,
@@ -84,9 +84,8 @@ pub(super) fn fold(
         );
     }
     let mut seen = evidence.gauge.take().unwrap_or_default();
-    let mut sums = seen.sums.take().unwrap_or_else(|| {
-        Box::new(GaugeSums { from: grid.from, ..GaugeSums::default() })
-    });
+    let mut sums =
+        seen.sums.take().unwrap_or_else(|| Box::new(GaugeSums { from: grid.from, ..GaugeSums::default() }));
     let mut next: Vec<usize> = vec![0; sorted.len()];
     let (mut present, mut finite) = ([false; 2], [false; 2]);
     for index in 1..grid.len() {
@@ -185,7 +184,8 @@ fn count(pod: &mut PodSums, t: f64, value: f64) {
 
 /// Whether a look is due: at 4, 8, 16 and so on fresh ticks, and at the end of the bake.
 fn looks(ticks: i64, bake: i64) -> bool {
-    ticks >= FIRST_LOOK && (ticks % FIRST_LOOK == 0 && (ticks / FIRST_LOOK).count_ones() == 1 || ticks == bake)
+    ticks >= FIRST_LOOK
+        && (ticks % FIRST_LOOK == 0 && (ticks / FIRST_LOOK).count_ones() == 1 || ticks == bake)
 }
 
 /// ln of the share of a KPI's probability that look number `q`, from 1, has: half for the level or the slope, times 6/(pi² q²).
@@ -316,7 +316,11 @@ pub(super) fn find(gauge: &Compared<'_>, evidence: &Evidence) -> Finding {
         );
         (Verdict::Inconclusive, Cause::NeedsPods, why)
     } else if level.as_ref().is_none_or(|level| level.df < ENOUGH) || seen.looks == 0 {
-        (Verdict::Inconclusive, Cause::NeedsEvidence, format!("{numbers}; the first look is at {FIRST_LOOK} samples of each pod"))
+        (
+            Verdict::Inconclusive,
+            Cause::NeedsEvidence,
+            format!("{numbers}; the first look is at {FIRST_LOOK} samples of each pod"),
+        )
     } else {
         (Verdict::Pass, Cause::Judged, numbers)
     };

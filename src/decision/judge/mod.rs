@@ -15,7 +15,7 @@ mod threshold;
 
 use serde::{Deserialize, Serialize};
 
-use crate::api::{self, Change, Direction, Duration, Evidence, Expect, KpiStatus, Preflight, Cause, Verdict};
+use crate::api::{self, Cause, Change, Direction, Duration, Evidence, Expect, KpiStatus, Preflight, Verdict};
 
 pub use eprocess::{alarm_at, effective_tolerance};
 pub use power::pooled;
@@ -378,8 +378,7 @@ impl Trial {
                 let bounds = self.preflight.iter().flat_map(|preflight| &preflight.bounds);
                 let bounds: Vec<f64> = bounds.filter_map(|text| text.parse().ok()).collect();
                 let (events, total) = counters::above(buckets, &bounds);
-                let counters =
-                    counters::Counters { events: [&events[0], &events[1]], total: &total, times };
+                let counters = counters::Counters { events: [&events[0], &events[1]], total: &total, times };
                 share::fold(self, baseline, evidence, &counters, false, grid)
             }
             (Test::Gauge { .. }, Some(baseline), &[values]) => match self.gauge(baseline) {
@@ -392,10 +391,7 @@ impl Trial {
             }
             (_, None, _) => (
                 Evidence { last_tick: evidence.last_tick.max(grid.last()), ..evidence },
-                AnswerHealth::Blind(
-                    Cause::NoBaseline,
-                    "there is no baseline to compare with".to_owned(),
-                ),
+                AnswerHealth::Blind(Cause::NoBaseline, "there is no baseline to compare with".to_owned()),
             ),
             _ => (
                 evidence,

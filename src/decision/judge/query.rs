@@ -141,58 +141,110 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::decision::judge::Bound;
+    use crate::{
+        api,
+        decision::judge::{Arm, Arms, Bound},
+    };
 
-    fn arms(namespace: &str, canary: &str, baseline: Option<&str>) -> Arms {
+    fn trial(test: Test, namespace: &str, canary: &str, baseline: Option<&str>) -> Trial {
         let arm = |name: &str| Arm { deployment: name.to_owned(), pods: 1 };
-        Arms { namespace: namespace.to_owned(), canary: arm(canary), baseline: baseline.map(arm) }
+        Trial {
+            kpi: Kpi {
+                name: "errors".to_owned(),
+                owner: None,
+                required: true,
+                observe_only: false,
+                weight: 1.0,
+                warm_up: None,
+                expect: None,
+                test,
+            },
+            arms: Arms { namespace: namespace.to_owned(), canary: arm(canary), baseline: baseline.map(arm) },
+            preflight: None,
+            alarm_at: 8.0,
+            step: 15,
+            bake: 100,
+        }
     }
 
-    fn kpi(test: Test) -> Kpi {
-        Kpi { name: "errors".to_owned(), owner: None, required: true, test }
-    }
-
-    fn ratio() -> Kpi {
-        kpi(Test::ErrorRatio {
+    fn ratio() -> Test {
+        Test::ErrorRatio {
             errors: r#"http_errors_total{$arm,code=~"5.."}"#.to_owned(),
             total: "http_requests_total{$arm} # all of them".to_owned(),
             tolerance: 1.25,
             minimum_effect: 0.001,
-        })
+        }
+    }
+
+    fn latency() -> Test {
+        Test::Latency { histogram: "d_bucket{$arm}".to_owned(), tolerance: 1.25, minimum_effect: 0.005 }
     }
 
     #[test]
     fn one_query_serves_both_arms() {
         let pods = r#"namespace="shop",pod=~"(experts-canary|experts-baseline)-[a-z0-9]+-[a-z0-9]+""#;
         assert_eq!(
-            queries(&ratio(), &arms("shop", "experts-canary", Some("experts-baseline"))),
+            trial(ratio(), "shop", "experts-canary", Some("experts-baseline")).queries(),
             [
                 format!(r#"http_errors_total{{{pods},code=~"5.."}}"#),
                 format!("http_requests_total{{{pods}}} # all of them"),
                 format!("timestamp(http_requests_total{{{pods}}} # all of them\n)"),
             ]
         );
-        assert!(queries(&ratio(), &arms("shop", "experts-canary", None)).is_empty());
+        for test in [ratio(), latency()] {
+            assert!(trial(test, "shop", "experts-canary", None).queries().is_empty());
+        }
     }
 
     #[test]
-    fn a_threshold_reads_the_canary_only() {
-        let threshold = kpi(Test::Threshold {
-            query: "max(a{$arm}) / max(b{$arm})".to_owned(),
-            bound: Bound::Max(1.0),
-            consecutive: 1,
-        });
-        let pods = r#"namespace="shop",pod=~"(c)-[a-z0-9]+-[a-z0-9]+""#;
+    fn a_latency_reads_the_frozen_bounds_only() {
+        let pods = r#"namespace="shop",pod=~"(c|b)-[a-z0-9]+-[a-z0-9]+""#;
+        let learned = |native| api::Preflight {
+            kpi: "errors".to_owned(),
+            track: api::Track::Production,
+            until: 0,
+            pods: 0,
+            spread: vec![],
+            bounds: vec!["0.25".to_owned(), "1".to_owned()],
+            native,
+            rate: api::Counts::default(),
+        };
+        let trial =
+            |native| Trial { preflight: Some(learned(native)), ..trial(latency(), "shop", "c", Some("b")) };
         assert_eq!(
-            queries(&threshold, &arms("shop", "c", Some("b"))),
-            [format!("max(a{{{pods}}}) / max(b{{{pods}}})")]
+            trial(false).queries(),
+            [
+                format!(r#"d_bucket{{{pods},le=~"0\\.25|1|1\\.0|\\+Inf"}}"#),
+                format!("timestamp(d_bucket{{{pods},le=\"+Inf\"}}\n)"),
+            ]
+        );
+        assert_eq!(
+            trial(true).queries(),
+            [format!("d_bucket{{{pods}}}"), format!("timestamp(d_bucket{{{pods}}}\n)")]
         );
     }
 
     #[test]
+    fn a_threshold_reads_each_arm_apart_and_a_gauge_both() {
+        let query = "max(a{$arm}) / max(b{$arm})".to_owned();
+        let threshold = Test::Threshold { query, bound: Bound::Max(1.0), consecutive: 1 };
+        let pods = |arm: &str| format!(r#"namespace="shop",pod=~"({arm})-[a-z0-9]+-[a-z0-9]+""#);
+        let of = |arm: &str| format!("max(a{{{0}}}) / max(b{{{0}}})", pods(arm));
+        assert_eq!(trial(threshold.clone(), "shop", "c", Some("b")).queries(), [of("c"), of("b")]);
+        assert_eq!(trial(threshold, "shop", "c", None).queries(), [of("c")]);
+        let gauge = Test::Gauge {
+            query: "rate(a{$arm}[$window])".to_owned(),
+            direction: api::Direction::LowerIsBetter,
+            tolerance: 0.05,
+        };
+        let both = pods("c|b");
+        assert_eq!(trial(gauge, "shop", "c", Some("b")).queries(), [format!("rate(a{{{both}}}[60s])")]);
+    }
+
+    #[test]
     fn names_cannot_leave_their_string() {
-        let hostile = arms("a\"} or up{x=\"\\", "b.c|.*", Some("d\n\"$arm"));
-        let expanded = &queries(&ratio(), &hostile)[0];
+        let hostile = trial(ratio(), "a\"} or up{x=\"\\", "b.c|.*", Some("d\n\"$arm"));
+        let expanded = &hostile.queries()[0];
         assert_eq!(
             expanded,
             "http_errors_total{namespace=\"a\\\"} or up{x=\\\"\\\\\",pod=~\"(b\\\\.c\\\\|\\\\.\\\\*|d\\n\\\"\\\\$arm)-[a-z0-9]+-[a-z0-9]+\",code=~\"5..\"}"

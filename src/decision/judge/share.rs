@@ -1,7 +1,7 @@
 //! Shares of requests, canary against baseline: failed ones, or those slower than a bound. From counts to evidence and to what it
 //! says. Pure.
 
-use crate::api::{Carry, Counts, Evidence, Cause, ShareEvidence, Verdict};
+use crate::api::{Cause, Counts, Evidence, ShareEvidence, Verdict};
 
 use super::{
     AnswerHealth, Arm, Finding, Grid, Trial,
@@ -17,7 +17,7 @@ const MINIMUM_EVENTS: f64 = 5.0;
 /// errors would be expected, and none at all has a probability of 5 % (rule of three).
 pub(super) const MINIMUM_REQUESTS: f64 = 3.0;
 
-/// Recent requests that one arm must have been due before it is called idle while the other is not.
+/// Requests that an arm must have been due since its last one before it is called idle.
 const IDLE_AFTER: f64 = 20.0;
 
 /// A share that is compared.
@@ -66,7 +66,14 @@ pub(super) fn fold(
             if fresh {
                 let r0 = trial.tolerated(share, baseline);
                 eprocess::begin(seen, evidence.fresh_ticks);
-                eprocess::weigh(seen, canary, baseline_counts, r0, share.minimum_effect, evidence.fresh_ticks);
+                eprocess::weigh(
+                    seen,
+                    canary,
+                    baseline_counts,
+                    r0,
+                    share.minimum_effect,
+                    evidence.fresh_ticks,
+                );
             } else if canary.total > 0.0 || baseline_counts.total > 0.0 {
                 // After a gap one arm may be back a tick before the other. Its increase over the gap waits for the other's.
                 let carry = seen.carry.get_or_insert_default();
@@ -150,7 +157,7 @@ pub(super) fn find(trial: &Trial, baseline: &Arm, evidence: &Evidence) -> Findin
         worst = (0..shares.len()).max_by(|a, b| weight(*a).total_cmp(&weight(*b))).unwrap_or_default();
     }
     let log_evidence = if failed { peak } else { weight(worst) };
-    let ShareEvidence { canary, baseline: base, recent, .. } = seen(worst);
+    let ShareEvidence { canary, baseline: base, .. } = seen(worst);
     let what = match trial.preflight.as_ref().and_then(|preflight| preflight.bounds.get(worst)) {
         Some(bound) => format!("slower than {bound} s: "),
         None => String::new(),
@@ -167,7 +174,7 @@ pub(super) fn find(trial: &Trial, baseline: &Arm, evidence: &Evidence) -> Findin
     let events = MINIMUM_EVENTS - first.canary.events - first.baseline.events;
     let (verdict, reason, message) = if failed {
         (Verdict::Fail, Cause::Judged, numbers)
-    } else if let Some((reason, idle)) = idle(trial, baseline, *canary, *base, *recent) {
+    } else if let Some((reason, idle)) = idle(trial, baseline, seen(worst)) {
         (Verdict::Inconclusive, reason, format!("{idle}; {numbers}"))
     } else if requests > 0.0 && events > 0.0 {
         let event = if what.is_empty() { "errors" } else { "slow requests" };
@@ -208,27 +215,20 @@ pub(super) fn find(trial: &Trial, baseline: &Arm, evidence: &Evidence) -> Findin
     }
 }
 
-/// Which arm has no requests, over the whole stage or of late although it was due some.
-fn idle(
-    trial: &Trial,
-    arm: &Arm,
-    canary: Counts,
-    baseline: Counts,
-    recent: Carry,
-) -> Option<(Cause, &'static str)> {
-    let per_pod = |counts: Counts, pods: i32| counts.total / f64::from(pods.max(1));
-    let (kc, kb) = (trial.arms.canary.pods, arm.pods);
-    let due = |other: Counts, others: i32, pods: i32| per_pod(other, others) * f64::from(pods.max(1));
-    let silent = |own: Counts, due: f64| due >= IDLE_AFTER && own.total < 0.01 * due;
-    match (canary.total > 0.0, baseline.total > 0.0) {
+/// Which arm has no requests, over the whole stage or since it was due some, by its pods.
+fn idle(trial: &Trial, arm: &Arm, seen: &ShareEvidence) -> Option<(Cause, &'static str)> {
+    let pods = |arm: &Arm| f64::from(arm.pods.max(1));
+    let due = seen.silence * pods(&trial.arms.canary) / pods(arm);
+    let due_baseline = -seen.silence * pods(arm) / pods(&trial.arms.canary);
+    match (seen.canary.total > 0.0, seen.baseline.total > 0.0) {
         (false, false) => Some((Cause::Idle, "neither arm has had a request yet")),
         (false, true) => Some((Cause::CanaryIdle, "no canary pod has had a request yet")),
         (true, false) => Some((Cause::BaselineIdle, "no baseline pod has had a request yet")),
-        _ if silent(recent.canary, due(recent.baseline, kb, kc)) => {
-            Some((Cause::CanaryIdle, "no canary pod has had a request lately, though the baseline has"))
+        _ if due >= IDLE_AFTER => {
+            Some((Cause::CanaryIdle, "the canary gets no requests any more, though the baseline does"))
         }
-        _ if silent(recent.baseline, due(recent.canary, kc, kb)) => {
-            Some((Cause::BaselineIdle, "no baseline pod has had a request lately, though the canary has"))
+        _ if due_baseline >= IDLE_AFTER => {
+            Some((Cause::BaselineIdle, "the baseline gets no requests any more, though the canary does"))
         }
         _ => None,
     }

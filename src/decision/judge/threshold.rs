@@ -2,7 +2,7 @@
 //!
 //! A tick at which the baseline is beyond the bound as well tells nothing of the canary, and holds.
 
-use crate::api::{Evidence, Cause, Verdict};
+use crate::api::{Cause, Evidence, Verdict};
 
 use super::{AnswerHealth, Bound, Finding, Grid, Series, Trial, quote};
 
@@ -20,7 +20,8 @@ pub(super) fn fold(
     let ticks = read(values, grid);
     let reference = read(reference, grid);
     let limit = i32::try_from(consecutive).unwrap_or(i32::MAX);
-    let unwell = |index: usize| matches!(reference[index], Reading::Value(value) if bound.is_broken_by(value));
+    let unwell =
+        |index: usize| matches!(reference[index], Reading::Value(value) if bound.is_broken_by(value));
     for (index, reading) in ticks.iter().enumerate().skip(1) {
         let tick = grid.tick(index);
         if tick <= evidence.last_tick {
@@ -59,7 +60,10 @@ pub(super) fn fold(
         ),
         Reading::Value(value) if bound.is_broken_by(value) && unwell(last) => AnswerHealth::Blind(
             Cause::BaselineUnhealthy,
-            format!("the canary's value is {value}, and the baseline's is beyond the bound as well, for {}", query()),
+            format!(
+                "the canary's value is {value}, and the baseline's is beyond the bound as well, for {}",
+                query()
+            ),
         ),
         Reading::Value(_) => AnswerHealth::Good,
         Reading::Nothing => AnswerHealth::NoData(
@@ -100,7 +104,11 @@ pub(super) fn find(bound: Bound, consecutive: u32, evidence: &Evidence) -> Findi
         .value
         .map_or_else(|| "no value yet".to_owned(), |value| format!("value {}", super::rounded(value)));
     let (verdict, reason, message) = if i64::from(breaches) >= i64::from(consecutive) {
-        (Verdict::Fail, Cause::Judged, format!("{value}; was {word} {limit} for {consecutive} values in a row"))
+        (
+            Verdict::Fail,
+            Cause::Judged,
+            format!("{value}; was {word} {limit} for {consecutive} values in a row"),
+        )
     } else if breaches > 0 {
         (
             Verdict::Inconclusive,
