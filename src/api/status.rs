@@ -487,7 +487,7 @@ pub struct PodSums {
     pub ty: f64,
 }
 
-/// Counts of both arms that wait for those of the next tick.
+/// Counts of both arms.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct Carry {
@@ -532,6 +532,8 @@ pub struct Basis {
     pub stage: String,
     /// Attempt at it.
     pub attempt: i32,
+    /// What the stage did.
+    pub step: Step,
     /// Unix time in seconds of the grid tick at which the evidence began; the first difference ends one interval later.
     pub from: i64,
     /// Unix time in seconds of the last grid tick that was folded.
@@ -550,6 +552,16 @@ pub struct Numbers {
     pub name: String,
     /// The verdict.
     pub verdict: Verdict,
+    /// Unix time in seconds of the grid tick at which this KPI's evidence began: that of all, its own warm-up and what was learned
+    /// of it considered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<i64>,
+    /// Unix time in seconds of the last grid tick that was folded into it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub until: Option<i64>,
+    /// Events and requests of both arms, for each share of requests that is compared.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub counts: Vec<Carry>,
     /// The canary's value.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub canary: Option<f64>,
@@ -572,9 +584,13 @@ pub struct Numbers {
 
 impl From<&KpiStatus> for Numbers {
     fn from(kpi: &KpiStatus) -> Self {
+        let shares = kpi.evidence.iter().flat_map(|evidence| &evidence.shares);
         Self {
             name: kpi.name.clone(),
             verdict: kpi.verdict,
+            from: None,
+            until: kpi.evidence.as_ref().map(|evidence| evidence.last_tick),
+            counts: shares.map(|share| Carry { canary: share.canary, baseline: share.baseline }).collect(),
             canary: kpi.canary,
             baseline: kpi.baseline,
             change: kpi.change,

@@ -89,8 +89,7 @@ pub fn inquiry(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Opt
             waiting.push(known.cloned().unwrap_or_else(|| unlearned(kpi, None)));
             continue;
         }
-        let from = evidence_from(rollout, stage, Some(kpi))?
-            .max(preflight.map_or(i64::MIN, |preflight| preflight.until));
+        let from = begins(rollout, stage, kpi, preflight)?;
         if until <= from {
             waiting.push(Trial::waiting(
                 kpi,
@@ -243,6 +242,12 @@ fn evidence_from(rollout: &Rollout, stage: &StageStatus, kpi: Option<&Kpi>) -> O
     Some((whole + step - 1).div_euclid(step) * step)
 }
 
+/// The grid tick that is the base of a KPI's evidence: never before the end of what was learned of it.
+fn begins(rollout: &Rollout, stage: &StageStatus, kpi: &Kpi, preflight: Option<&Preflight>) -> Option<Tick> {
+    let from = evidence_from(rollout, stage, Some(kpi))?;
+    Some(from.max(preflight.map_or(i64::MIN, |preflight| preflight.until)))
+}
+
 fn span(duration: crate::api::Duration) -> SignedDuration {
     SignedDuration::try_from(duration.std()).unwrap_or(SignedDuration::MAX)
 }
@@ -340,14 +345,22 @@ impl Machine<'_> {
     /// The numbers as they stand; nothing where no KPI is judged.
     fn basis(&self) -> Option<Basis> {
         let stage = self.status.stage.as_ref()?;
+        let (track, _) = compared(self.rollout, stage)?;
         let tick = |kpi: &KpiStatus| kpi.evidence.as_ref().map(|evidence| evidence.last_tick);
+        let numbers = |known: &KpiStatus| {
+            let begun = known.evidence.as_ref().and_then(|_| self.kpi(&known.name));
+            let from =
+                begun.and_then(|kpi| begins(self.rollout, stage, kpi, learned(&self.status, kpi, track)));
+            Numbers { from, ..Numbers::from(known) }
+        };
         Some(Basis {
             stage: stage.name.clone(),
             attempt: stage.attempt,
+            step: stage.step,
             from: evidence_from(self.rollout, stage, None)?,
             until: self.status.kpis.iter().filter_map(tick).max()?,
             on: self.active().into_iter().collect(),
-            kpis: self.status.kpis.iter().map(Numbers::from).collect(),
+            kpis: self.status.kpis.iter().map(numbers).collect(),
         })
     }
 

@@ -134,11 +134,9 @@ impl Rollout {
         self.shared.iter().chain(self.optimizations.iter().flat_map(|o| &o.kpis))
     }
 
-    /// A KPI's share of the false-rollback probability: its weight among those of all KPIs that are tested and may act, whichever
-    /// are on, so that it is fixed at the start.
+    /// A KPI's share of the false-rollback probability: that among all KPIs, whichever are on, so that it is fixed at the start.
     pub fn alpha_share(&self, kpi: &Kpi) -> f64 {
-        let spending = self.all_kpis().filter(|kpi| kpi.is_tested() && !kpi.observe_only);
-        kpi.weight / spending.map(|kpi| kpi.weight).sum::<f64>().max(kpi.weight)
+        kpi.share_among(self.all_kpis())
     }
 
     /// The runtime's configuration with the optimizations `on`, as the file that the pods mount.
@@ -239,16 +237,18 @@ fn optimization(api: &crate::api::Optimization) -> Result<Optimization, Refusal>
         }
         None => Value::Object(api.config.clone()),
     };
-    let kpis = match &api.kpis {
-        Some(kpis) => kpis.clone(),
-        None => bundled_kpis(&api.name),
-    };
+    let kpis = owned_kpis(api);
     Ok(Optimization {
         name: api.name.clone(),
         config_hash: hash(&patch.to_string()),
         patch,
         kpis: kpis.iter().map(|kpi| resolve_kpi(kpi, Some(&api.name))).collect::<Result<_, _>>()?,
     })
+}
+
+/// The KPIs under an optimization: the user's, or else the bundled ones of its name.
+pub fn owned_kpis(api: &crate::api::Optimization) -> Vec<crate::api::Kpi> {
+    api.kpis.clone().unwrap_or_else(|| bundled_kpis(&api.name))
 }
 
 /// What switches a bundled optimization on, below `optimizations.<name>` of the runtime's configuration.

@@ -235,6 +235,12 @@ impl Kpi {
     pub fn is_tested(&self) -> bool {
         !matches!(self.test, Test::Threshold { .. })
     }
+
+    /// Its share of the false-rollback probability: its weight among those of all KPIs that are tested and may act.
+    pub fn share_among<'a>(&self, all: impl Iterator<Item = &'a Self>) -> f64 {
+        let spending = all.filter(|kpi| kpi.is_tested() && !kpi.observe_only);
+        self.weight / spending.map(|kpi| kpi.weight).sum::<f64>().max(self.weight)
+    }
 }
 
 impl Arm {
