@@ -106,6 +106,62 @@ fn a_restart_of_a_histogram_makes_no_slow_requests() {
 }
 
 #[test]
+fn what_is_no_histogram_is_no_latency_and_the_other_way_round() {
+    let plain = [counter("x-baseline-a-1", &some(&[0.0, 1.0])), counter("x-canary-a-1", &some(&[0.0, 1.0]))];
+    let labels = [("pod".to_owned(), "x-canary-a-1".to_owned())].into();
+    let native = Series::of_native(&labels, &[(0, 1.0, vec![(0.5, 1.0)]), (STEP, 2.0, vec![(0.5, 2.0)])]);
+    for (trial, answers, expected) in [
+        (
+            with(latency(), arms(1, 1), learned(8, &[LEAST], &["0.25"])),
+            latency_answers(&plain).to_vec(),
+            "label le",
+        ),
+        (trial(ratio(1.25, 0.001), arms(1, 1)), super::answers(&[], &native).to_vec(), "histogram_count"),
+        (
+            with(gauge(Direction::LowerIsBetter), arms(1, 1), learned(0, &[], &[])),
+            vec![Answer::Series(native.clone())],
+            "histogram_count",
+        ),
+    ] {
+        let (evidence, health) = trial.fold(beginning(0), &answers, 0, STEP);
+        let status = trial.judge(&evidence, &health);
+        assert_eq!(
+            (status.verdict, status.reason),
+            (Verdict::TelemetryDown, Cause::Malformed),
+            "{}",
+            status.message
+        );
+        assert!(
+            status.message.contains(expected) && status.message.contains("{namespace=\"shop\""),
+            "{}",
+            status.message
+        );
+        assert_eq!(evidence, beginning(0));
+    }
+}
+
+#[test]
+fn a_native_histogram_is_judged_as_a_classic_one() {
+    let preflight = Preflight { native: true, ..learned(8, &[LEAST], &["0.5"]) };
+    let trial = with(latency(), arms(1, 1), preflight);
+    let pod = |pod: &str, slow: f64| {
+        let labels = [("pod".to_owned(), pod.to_owned()), ("instance".to_owned(), pod.to_owned())].into();
+        let sample = |tick: i64| {
+            let n = tick as f64;
+            // Fast ones in a bucket that is empty at first, slow ones above the bound.
+            (tick * STEP, 100.0 * n, vec![(0.25, (100.0 - slow) * n), (1.0, slow * n)])
+        };
+        Series::of_native(&labels, &(0..=8).map(sample).collect::<Vec<_>>())
+    };
+    let samples = [pod("x-baseline-a-1", 5.0), pod("x-canary-a-1", 40.0)].concat();
+    let times = times(&inf(&samples), 1.0);
+    let answers = [Answer::Series(samples), Answer::Series(times)];
+    let (evidence, health) = trial.fold(beginning(0), &answers, 0, 8 * STEP);
+    assert_eq!((evidence.shares[0].canary.events, evidence.shares[0].canary.total), (320.0, 800.0));
+    assert_eq!(trial.judge(&evidence, &health).verdict, Verdict::Fail);
+}
+
+#[test]
 fn bounds_and_spread_are_learned_from_running_pods() {
     let lesson = |kpi: Kpi| {
         Lesson::over(&kpi, Track::Production, "shop", vec!["x-baseline".to_owned()], 600, 600, STEP)

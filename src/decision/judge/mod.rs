@@ -373,6 +373,11 @@ impl Trial {
                 Answer::Malformed(why) => return (evidence, AnswerHealth::Malformed(why.clone())),
             }
         }
+        if let Some(why) = self.misread(&read) {
+            let queries = self.queries();
+            let query = queries.first().map(|query| quote(query)).unwrap_or_default();
+            return (evidence, AnswerHealth::Malformed(format!("{why}; the query is {query}")));
+        }
         let step = self.step.max(1);
         let grid = Grid { from, step, ticks: ((until - from) / step).clamp(0, MAX_TICKS) };
         match (&self.kpi.test, self.arms.baseline.as_ref(), read.as_slice()) {
@@ -407,6 +412,23 @@ impl Trial {
                     read.len()
                 )),
             ),
+        }
+    }
+
+    /// What is wrong with series that are no histogram where one is wanted, or are one where counters or values are.
+    fn misread(&self, read: &[&[Series]]) -> Option<&'static str> {
+        let native = |series: &Series| series.bucket.as_ref().is_some_and(|bucket| bucket.native);
+        match (&self.kpi.test, read) {
+            (Test::Latency { .. }, [buckets, ..]) if buckets.iter().any(|series| series.bucket.is_none()) => {
+                Some(
+                    "the query gives series that are no buckets of a histogram (label le): name those that end in _bucket, or a native histogram",
+                )
+            }
+            (Test::Latency { .. }, _) => None,
+            (_, read) if read.iter().any(|series| series.iter().any(native)) => Some(
+                "the query gives native histograms, and counters or plain values are needed: use histogram_count(...)",
+            ),
+            _ => None,
         }
     }
 

@@ -125,7 +125,8 @@ pub fn harmless() -> Result<Scene> {
 /// user sees.
 pub fn tell(cluster: &Cluster, scene: &Scene, mut act: impl FnMut(&Look) -> Result<Then>) -> Result<Account> {
     step("start experts, rollout and traffic", || begin(cluster, scene))?;
-    let replicas = scene.rollout["spec"]["workload"]["runtime"]["replicas"].as_u64().unwrap_or_default() as usize;
+    let replicas =
+        scene.rollout["spec"]["workload"]["runtime"]["replicas"].as_u64().unwrap_or_default() as usize;
     let mut account = Account { fewest_serving: usize::MAX, ..Account::default() };
     let mut screen = Screen::default();
     let start = Instant::now();
