@@ -11,7 +11,7 @@ use std::{
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use synthex_operator::{
-    api::{Basis, Decision, KpiStatus, Numbers, OptimizationRollout, Step, What},
+    api::{Basis, Cause, Decision, KpiStatus, Numbers, OptimizationRollout, Step, What},
     cli::{
         self, backtest,
         dataset::{DataSet, Series},
@@ -93,6 +93,10 @@ fn the_documented_example_is_the_one_that_is_tested() {
     let text: String =
         source[start..start + end].lines().map(|line| line.trim_start_matches("//!")).collect();
     assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), by_hand());
+
+    let readme = include_str!("../README.md");
+    let text = readme.split("```json\n").nth(1).unwrap().split("```").next().unwrap();
+    assert_eq!(serde_json::from_str::<Value>(text).unwrap(), by_hand());
 }
 
 #[test]
@@ -122,7 +126,7 @@ fn committed_data_sets_give_the_evidence_of_the_printed_formula() {
         assert_eq!(errors.alarmed.is_some(), fails);
         let hits = &report.kpis[2];
         assert_eq!(hits.ticks.iter().map(|round| round.breaches).max(), Some(1));
-        assert_eq!(hits.ticks[0].reason, "NotANumber");
+        assert_eq!(hits.ticks[0].reason, Cause::NotANumber);
     }
 }
 
@@ -535,6 +539,13 @@ async fn what_is_recorded_gives_the_numbers_that_were_decided_on() {
     for kpi in &report.kpis {
         assert_eq!(kpi.reproduced, Some(true), "{}: {:?} {:?}", kpi.name, kpi.decided, kpi.result);
     }
+
+    let one = Choice { kpis: &["slow".to_owned()], ..choice };
+    let past = record::record(&over, &resolved, one, &prometheus, later).await.unwrap();
+    assert_eq!(past.set.kpis.iter().map(|kpi| kpi.definition.name.as_str()).collect::<Vec<_>>(), ["slow"]);
+    let other = Choice { kpis: &["slwo".to_owned()], ..choice };
+    let refused = record::record(&over, &resolved, other, &prometheus, later).await.unwrap_err();
+    assert_eq!(refused.to_string(), "there is no KPI slwo; there are errors, slow, memory");
 
     let none = Choice { stage: Some("canary"), ..Choice::default() };
     let refused = record::record(&over, &resolved, none, &prometheus, later).await.unwrap_err();

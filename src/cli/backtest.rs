@@ -7,10 +7,10 @@ use serde::Serialize;
 
 use super::{
     dataset::{Case, DataSet, compared},
-    date, reason, word,
+    date,
 };
 use crate::{
-    api::{Carry, KpiStatus, Numbers, Verdict},
+    api::{Carry, Cause, KpiStatus, Numbers, Verdict},
     decision::judge::{Test, Tick, beginning},
 };
 
@@ -71,9 +71,9 @@ pub struct Round {
     /// Log evidence so far; from the alarm on, that of the alarm.
     pub log_evidence: Option<f64>,
     /// The verdict.
-    pub verdict: String,
+    pub verdict: Verdict,
     /// Why it is what it is.
-    pub reason: String,
+    pub reason: Cause,
 }
 
 /// Judges the KPIs of these names, or all.
@@ -113,8 +113,8 @@ fn judge(case: &Case) -> Judged {
             baseline,
             breaches: evidence.breaches,
             log_evidence,
-            verdict: word(result.verdict),
-            reason: reason(result.reason),
+            verdict: result.verdict,
+            reason: result.reason,
         });
     }
     let now = Numbers::from(&result);
@@ -177,7 +177,7 @@ impl Judged {
                 arm(round, round.baseline, |counts| counts.baseline),
                 evidence,
                 alarm,
-                format!("{} ({})", round.verdict, round.reason),
+                format!("{:?} ({:?})", round.verdict, round.reason),
             ]
         });
         let rows: Vec<_> = std::iter::once(head).chain(rows).collect();
@@ -194,7 +194,7 @@ impl Judged {
             let _ = writeln!(text, "  {}", line.join("  ").trim_end());
         }
         let at = self.alarmed.map(|tick| format!(" since {}", date(tick))).unwrap_or_default();
-        let _ = write!(text, "  {}{at}: {}", word(self.result.verdict), self.result.message);
+        let _ = write!(text, "  {:?}{at}: {}", self.result.verdict, self.result.message);
         match (self.reproduced, &self.decided) {
             (Some(true), _) => text.push_str("\n  the operator decided on the same numbers"),
             (Some(false), Some(then)) => {
@@ -202,8 +202,8 @@ impl Judged {
                     then.log_evidence.map(|evidence| format!(", evidence {evidence}")).unwrap_or_default();
                 let _ = write!(
                     text,
-                    "\n  the operator decided on other numbers: {}{evidence}; its specification, or what Prometheus holds, has changed since",
-                    word(then.verdict)
+                    "\n  the operator decided on other numbers: {:?}{evidence}; its specification, or what Prometheus holds, has changed since",
+                    then.verdict
                 );
             }
             _ => {}

@@ -7,9 +7,12 @@ use std::fmt::Write as _;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde::Serialize;
 
-use super::{backtest::kind, dataset::compared, date, reason, record::as_it_stood, word};
+use super::{backtest::kind, dataset::compared, date, record::as_it_stood};
 use crate::{
-    api::{Basis, Benefit, Carry, Change, KpiStatus, Numbers, OptimizationRollout, OptimizationStatus, Step},
+    api::{
+        Basis, Benefit, Carry, Change, KpiStatus, Numbers, OptimizationRollout, OptimizationStatus, Phase,
+        Step, Verdict, What,
+    },
     decision::{
         judge::{self, Test, Trial},
         machine,
@@ -25,7 +28,7 @@ pub struct Explanation {
     /// Namespace and name.
     pub rollout: String,
     /// Phase, as the status has it.
-    pub phase: String,
+    pub phase: Phase,
     /// Where it stands.
     pub stands: String,
     /// What it waits for.
@@ -52,7 +55,7 @@ pub struct Decided {
     /// When it was taken.
     pub time: Time,
     /// What was decided.
-    pub what: String,
+    pub what: What,
     /// Why.
     pub why: String,
     /// The evidence that it rests on, in words.
@@ -76,7 +79,7 @@ pub struct Told {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,
     /// The verdict.
-    pub verdict: String,
+    pub verdict: Verdict,
     /// Why it is what it is, and what it rests on; of a decision the decision itself says it.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub message: String,
@@ -174,7 +177,7 @@ pub fn explain(object: &OptimizationRollout, rollout: Option<&Rollout>) -> Expla
         Decided {
             id: decision.id,
             time: decision.time.clone(),
-            what: format!("{:?}", decision.what),
+            what: decision.what,
             why: decision.why.clone(),
             evidence: basis.map(|basis| rests_on(basis, &then)),
             kpis: basis.map(tell).unwrap_or_default(),
@@ -182,12 +185,12 @@ pub fn explain(object: &OptimizationRollout, rollout: Option<&Rollout>) -> Expla
     };
     let attempt = status.stage.as_ref().map_or(1, |stage| stage.attempt);
     let kpi = |known: &KpiStatus| {
-        let message = format!("{}: {}", reason(known.reason), known.message);
+        let message = format!("{:?}: {}", known.reason, known.message);
         tell(rollout, attempt, &running, &Numbers::from(known), message)
     };
     Explanation {
         rollout: format!("{}/{name}", object.metadata.namespace.clone().unwrap_or_default()),
-        phase: format!("{:?}", status.phase),
+        phase: status.phase,
         stands,
         waits,
         next_decision_at: status.next_decision_at.clone(),
@@ -249,7 +252,7 @@ fn tell(
         name: numbers.name.clone(),
         kind: kpi.map(|kpi| kind(&kpi.test)),
         owner: kpi.and_then(|kpi| kpi.owner.clone()),
-        verdict: word(numbers.verdict),
+        verdict: numbers.verdict,
         message,
         counts: numbers.counts.clone(),
         bounds: trial
@@ -298,7 +301,7 @@ fn tolerance(test: &Test, trial: Option<&Trial>) -> Option<String> {
 impl Explanation {
     /// As text.
     pub fn text(&self) -> String {
-        let mut text = format!("{}: {}\n  {}\n", self.rollout, self.phase, self.stands);
+        let mut text = format!("{}: {:?}\n  {}\n", self.rollout, self.phase, self.stands);
         // Writing to a String cannot fail.
         if !self.waits.is_empty() {
             let _ = writeln!(text, "  {}", self.waits);
@@ -344,7 +347,7 @@ impl Explanation {
         for decision in &self.decisions {
             let _ = writeln!(
                 text,
-                "  {} {} {}\n    {}",
+                "  {} {} {:?}\n    {}",
                 decision.id, decision.time.0, decision.what, decision.why
             );
             if let Some(evidence) = &decision.evidence {
@@ -378,7 +381,7 @@ impl Told {
             _ => String::new(),
         };
         let message = if self.message.is_empty() { String::new() } else { format!(", {}", self.message) };
-        let _ = writeln!(text, "{indent}{}{of}: {}{message}", self.name, self.verdict);
+        let _ = writeln!(text, "{indent}{}{of}: {:?}{message}", self.name, self.verdict);
         for (kind, counts) in self.counts.iter().enumerate() {
             let slower =
                 self.bounds.get(kind).map(|bound| format!("slower than {bound} s: ")).unwrap_or_default();

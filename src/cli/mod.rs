@@ -77,7 +77,7 @@ use self::{
     record::{Choice, Recording},
 };
 use crate::{
-    api::{Cause, OptimizationRollout, Verdict},
+    api::OptimizationRollout,
     decision::{judge::Tick, snapshot::Verb},
     effects::{clock, prometheus::Prometheus},
 };
@@ -377,12 +377,4 @@ fn print(text: &str) -> Result<()> {
 /// A tick as a date, in UTC.
 fn date(tick: Tick) -> String {
     Timestamp::from_second(tick).map_or_else(|_| tick.to_string(), |time| time.to_string())
-}
-
-fn word(verdict: Verdict) -> String {
-    format!("{verdict:?}")
-}
-
-fn reason(cause: Cause) -> String {
-    format!("{cause:?}")
 }

@@ -67,6 +67,17 @@ pub async fn record(
 ) -> Result<Recording> {
     let status =
         object.status.clone().context("the rollout has no status: the operator has not seen it yet")?;
+    let definitions: Vec<api::Kpi> = object
+        .spec
+        .kpis
+        .iter()
+        .cloned()
+        .chain(object.spec.optimizations.iter().flat_map(resolve::owned_kpis))
+        .collect();
+    if let Some(unknown) = choice.kpis.iter().find(|name| !definitions.iter().any(|kpi| kpi.name == **name)) {
+        let all: Vec<_> = definitions.iter().map(|kpi| kpi.name.as_str()).collect();
+        bail!("there is no KPI {unknown}; there are {}", all.join(", "));
+    }
     let mut remarks = vec![];
     let (stood, basis, now) = match chosen(&status, choice)? {
         Some(basis) => {
@@ -92,13 +103,6 @@ pub async fn record(
     for waiting in inquiry.waiting.iter().filter(|kpi| wanted(&kpi.name)) {
         remarks.push(format!("{} is left out: {}", waiting.name, waiting.message));
     }
-    let definitions: Vec<api::Kpi> = object
-        .spec
-        .kpis
-        .iter()
-        .cloned()
-        .chain(object.spec.optimizations.iter().flat_map(resolve::owned_kpis))
-        .collect();
     let mut set = DataSet {
         version: VERSION,
         rollout: format!("{}/{}", rollout.namespace, rollout.name),
