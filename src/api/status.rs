@@ -540,6 +540,9 @@ pub struct Basis {
     pub until: i64,
     /// The optimizations that were on in the canary.
     pub on: Vec<String>,
+    /// What had been learned of the KPIs there, since `.status.preflight` holds that of later stages.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub preflight: Vec<Preflight>,
     /// The numbers of each KPI.
     pub kpis: Vec<Numbers>,
 }

@@ -360,6 +360,7 @@ impl Machine<'_> {
             from: evidence_from(self.rollout, stage, None)?,
             until: self.status.kpis.iter().filter_map(tick).max()?,
             on: self.active().into_iter().collect(),
+            preflight: self.status.preflight.iter().filter(|known| known.track == track).cloned().collect(),
             kpis: self.status.kpis.iter().map(numbers).collect(),
         })
     }
