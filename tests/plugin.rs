@@ -11,7 +11,7 @@ use std::{
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use synthex_operator::{
-    api::{Basis, Cause, Decision, KpiStatus, Numbers, OptimizationRollout, Step, What},
+    api::{Cause, KpiStatus, OptimizationRollout, Step, What},
     cli::{
         self, backtest,
         dataset::{DataSet, Series},
@@ -21,6 +21,7 @@ use synthex_operator::{
     decision::{
         judge::{self, Answer, AnswerHealth, Kpi, Samples, Trial, beginning},
         machine,
+        snapshot::Snapshot,
     },
     effects::prometheus::Prometheus,
 };
@@ -504,35 +505,23 @@ async fn what_is_recorded_gives_the_numbers_that_were_decided_on() {
     assert_eq!(evidence(&again), evidence(&status.kpis));
     assert!(report.fails(), "{}", report.table());
 
-    // The same stage once it is over: what was learned of two pods has gone with it, and is learned again.
-    let from = |name: &str| status.preflight.iter().find(|known| known.kpi == name).map(|known| known.until);
-    let decided = |kpi: &KpiStatus| Numbers { from: from(&kpi.name), ..Numbers::from(kpi) };
-    let basis = Basis {
-        stage: "staging".into(),
-        attempt: 2,
-        step: Step::Observing,
-        from: FROM,
-        until: FROM + 40 * STEP,
-        on: vec!["connections".into(), "memory".into()],
-        kpis: status.kpis.iter().map(decided).collect(),
-    };
+    // The same stage once the operator has decided on it, and what was learned there is gone.
+    let mut snapshot = Snapshot { status: status.clone(), ..Snapshot::default() };
+    for optimization in &mut snapshot.status.optimizations {
+        let known = resolved.optimization(&optimization.name).unwrap();
+        optimization.config_hash.clone_from(&known.config_hash);
+    }
     let mut over = object.clone();
-    let after = over.status.as_mut().unwrap();
-    after.stage = None;
-    after.kpis.clear();
-    assert!(after.preflight.iter().all(|known| known.pods == 0), "{:?}", after.preflight);
+    let after = over.status.insert(machine::step(&resolved, &snapshot, status.kpis.clone(), now).status);
     after.preflight.clear();
-    after.decisions.push(Decision {
-        id: 1,
-        time: k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(now),
-        what: What::OptimizationRolledBack,
-        why: "errors".into(),
-        basis: Some(basis),
-    });
+    assert_eq!(after.stage.as_ref().map(|stage| stage.step), Some(Step::Restoring));
+    let decision = after.decisions.last().unwrap();
+    assert_eq!(decision.what, What::OptimizationRolledBack, "{}", decision.why);
+    assert_eq!(decision.basis.as_ref().unwrap().until, FROM + 40 * STEP);
     let later = now + k8s_openapi::jiff::SignedDuration::from_hours(5);
     let choice = Choice { stage: Some("staging"), ..Choice::default() };
     let past = record::record(&over, &resolved, choice, &prometheus, later).await.unwrap();
-    assert_eq!(past.remarks.len(), 3, "{:?}", past.remarks);
+    assert!(past.remarks.is_empty(), "{:?}", past.remarks);
     let report = backtest::run(&past.set, &[]).unwrap();
     let again: Vec<_> = report.kpis.iter().map(|kpi| kpi.result.clone()).collect();
     assert_eq!(evidence(&again), evidence(&status.kpis));

@@ -165,7 +165,7 @@ pub fn explain(object: &OptimizationRollout, rollout: Option<&Rollout>) -> Expla
         let basis = decision.basis.as_ref();
         let then = match (rollout, basis) {
             (Some(rollout), Some(basis)) => {
-                let stood = as_it_stood(rollout, &status, basis);
+                let stood = as_it_stood(rollout, basis);
                 trials(rollout, &stood, stood.stage.as_ref().and_then(|stage| stage.exposed_at.as_ref()))
             }
             _ => vec![],

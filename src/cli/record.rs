@@ -1,15 +1,12 @@
 //! Reads the samples of a stage from Prometheus again, by the queries that the operator asked. Decides nothing of its own: what
-//! is asked follows from [`machine::inquiry`] and [`machine::lessons`], given the status as it stood.
+//! is asked follows from [`machine::inquiry`], given the status as it stood.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 
-use super::{
-    dataset::{DataSet, MAX_SAMPLES, Query, Recorded, VERSION},
-    date,
-};
+use super::dataset::{DataSet, MAX_SAMPLES, Query, Recorded, VERSION};
 use crate::{
     api::{
         self, Basis, Duration, Numbers, OptimizationRollout, OptimizationState, OptimizationStatus,
@@ -81,19 +78,13 @@ pub async fn record(
     let mut remarks = vec![];
     let (stood, basis, now) = match chosen(&status, choice)? {
         Some(basis) => {
-            let step = rollout.analysis.interval.as_secs() as i64;
-            (
-                as_it_stood(rollout, &status, basis),
-                Some(basis),
-                moment(judge::settles_next(basis.until, step))?,
-            )
+            let step = i64::try_from(rollout.analysis.interval.as_secs()).unwrap_or(i64::MAX);
+            // When the last tick had just settled.
+            let then = moment(judge::settles_next(basis.until, step))?;
+            (as_it_stood(rollout, basis), Some(basis), then)
         }
         None => (afresh(&status), None, now),
     };
-    let mut stood = stood;
-    if let Some(basis) = basis {
-        learn_again(rollout, &mut stood, basis, prometheus, &mut remarks).await?;
-    }
     let inquiry = machine::inquiry(rollout, &stood, now).with_context(|| match basis {
         Some(basis) => format!("spec.stages has no stage {} any more", basis.stage),
         None => "nothing is judged now: the stage's pods are brought up or warm up; wait, or name a stage that is over with --stage".to_owned(),
@@ -200,8 +191,8 @@ fn afresh(status: &RolloutStatus) -> RolloutStatus {
     status
 }
 
-/// The status as it stood when a decision was taken, as far as judgement depends on it. What was learned since is left out.
-pub fn as_it_stood(rollout: &Rollout, status: &RolloutStatus, basis: &Basis) -> RolloutStatus {
+/// The status as it stood when a decision was taken, as far as judgement depends on it.
+pub fn as_it_stood(rollout: &Rollout, basis: &Basis) -> RolloutStatus {
     // Evidence begins one warm-up after exposure, on the grid: exposed just that long before, it begins at the same tick.
     let warm_up = i64::try_from(rollout.analysis.warm_up.as_secs()).unwrap_or(i64::MAX);
     let exposed = Time(moment(basis.from.saturating_sub(warm_up)).unwrap_or_default());
@@ -214,11 +205,6 @@ pub fn as_it_stood(rollout: &Rollout, status: &RolloutStatus, basis: &Basis) -> 
         benefit: String::new(),
         config_hash: String::new(),
     };
-    let known_then = |name: &str, until: Tick| {
-        let from = numbers(basis, name).and_then(|numbers| numbers.from);
-        from.map_or(until < basis.until, |from| until <= from)
-    };
-    let preflight = status.preflight.iter().filter(|known| known_then(&known.kpi, known.until));
     RolloutStatus {
         stage: Some(StageStatus {
             name: basis.stage.clone(),
@@ -236,49 +222,14 @@ pub fn as_it_stood(rollout: &Rollout, status: &RolloutStatus, basis: &Basis) -> 
             before: None,
         }),
         optimizations: basis.on.iter().map(active).collect(),
-        preflight: preflight.cloned().collect(),
+        preflight: basis.preflight.clone(),
         ..RolloutStatus::default()
     }
 }
 
 /// What a decision says of a KPI.
-pub fn numbers<'a>(basis: &'a Basis, kpi: &str) -> Option<&'a Numbers> {
+fn numbers<'a>(basis: &'a Basis, kpi: &str) -> Option<&'a Numbers> {
     basis.kpis.iter().find(|numbers| numbers.name == kpi)
-}
-
-/// Learns again what the status no longer holds: of a stage with too few pods it is kept for that stage only.
-async fn learn_again(
-    rollout: &Rollout,
-    stood: &mut RolloutStatus,
-    basis: &Basis,
-    prometheus: &Prometheus,
-    remarks: &mut Vec<String>,
-) -> Result<()> {
-    let step = i64::try_from(rollout.analysis.interval.as_secs()).unwrap_or(i64::MAX);
-    for known in &basis.kpis {
-        // The first tick of the evidence is the end of what was learned, where it was learned in that stage.
-        let Some(from) = known.from else { continue };
-        let lessons = machine::lessons(rollout, stood, moment(judge::settles_next(from, step))?);
-        let Some(lesson) = lessons.into_iter().find(|lesson| lesson.kpi.name == known.name) else { continue };
-        let mut answers = vec![];
-        for query in lesson.queries() {
-            answers.push(prometheus.range(&query, lesson.from(), lesson.until, lesson.block).await);
-        }
-        match lesson.learn(&answers) {
-            Ok(Some(preflight)) => {
-                machine::learn(stood, preflight);
-                remarks.push(format!(
-                    "{}: what was learned before this stage is no longer in the status; it was learned again from the samples until {}",
-                    known.name,
-                    date(from)
-                ));
-            }
-            Ok(None) => {}
-            Err(judge::AnswerHealth::Down(why)) => bail!("{why}"),
-            Err(health) => remarks.push(format!("{}: {health:?}", known.name)),
-        }
-    }
-    Ok(())
 }
 
 /// The answers to a trial's queries; the inner error is one of this KPI alone.
