@@ -20,7 +20,7 @@ const FIELD_MANAGER: &str = "kubectl-synthex";
 pub struct Access {
     /// Namespace of the rollout; the context's unless given.
     #[arg(short, long, global = true, help_heading = "Cluster")]
-    pub namespace: Option<String>,
+    namespace: Option<String>,
     /// Kubeconfig file; $KUBECONFIG or ~/.kube/config unless given.
     #[arg(long, global = true, help_heading = "Cluster")]
     kubeconfig: Option<PathBuf>,
