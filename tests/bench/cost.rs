@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use synthex_operator::{
     api::{Preflight, Track},
-    decision::judge::{AnswerHealth, Answer, Bound, Kpi, Series, Test, Trial, beginning},
+    decision::judge::{Answer, AnswerHealth, Bound, Kpi, Series, Test, Trial, beginning},
 };
 
 use super::{
@@ -56,14 +56,14 @@ pub fn print(seed: u64, ticks: usize) {
         });
         row(KPIS[index], times.collect());
     }
-    let test =
-        Test::Threshold { query: "max(up{$arm})".to_owned(), bound: Bound::Max(1.0), consecutive: 3 };
+    let test = Test::Threshold { query: "max(up{$arm})".to_owned(), bound: Bound::Max(1.0), consecutive: 3 };
     let [kpi, ..] = judged::kpis();
     let trial = trial(Kpi { name: "threshold".to_owned(), test, ..kpi }, None);
     let mut evidence = beginning(0);
     let times = (1..=ticks as i64).map(|tick| {
         let (from, until) = ((tick - 1) * SLOT, tick * SLOT);
-        let answer = || Answer::Series(vec![Series { points: vec![(from, 0.5), (until, 0.6)], ..Default::default() }]);
+        let answer =
+            || Answer::Series(vec![Series { points: vec![(from, 0.5), (until, 0.6)], ..Default::default() }]);
         let answers = [answer(), answer()];
         let begun = Instant::now();
         let health: AnswerHealth;
@@ -72,7 +72,10 @@ pub fn print(seed: u64, ticks: usize) {
         begun.elapsed()
     });
     row("threshold", times.collect());
-    println!("\nOne tick of one KPI, {} pods, fold and judge (target: median of {LIMIT_US} us)\n", SERVING[CANARY] + SERVING[BASELINE]);
+    println!(
+        "\nOne tick of one KPI, {} pods, fold and judge (target: median of {LIMIT_US} us)\n",
+        SERVING[CANARY] + SERVING[BASELINE]
+    );
     table.print();
 }
 

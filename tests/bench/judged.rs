@@ -131,8 +131,7 @@ pub fn learn(kpis: &[Kpi], track: Track, deployment: &str, past: &Past, until: T
         vec![answer(&Columns::of("process_resident_memory_bytes", MEMORY))],
     ];
     let learned = kpis.iter().zip(answers).map(|(kpi, answers)| {
-        let lesson =
-            Lesson::over(kpi, track, NAMESPACE, vec![deployment.to_owned()], until, 40 * SLOT, SLOT);
+        let lesson = Lesson::over(kpi, track, NAMESPACE, vec![deployment.to_owned()], until, 40 * SLOT, SLOT);
         lesson.learn(&answers).expect("answers").expect("requests")
     });
     learned.collect()
@@ -171,7 +170,8 @@ impl Feed {
     }
 
     fn fill(&mut self, pods: &[&Pod], from: Tick, until: Tick) {
-        if self.names.len() != pods.len() || self.names.iter().zip(pods).any(|(name, pod)| *name != pod.name) {
+        if self.names.len() != pods.len() || self.names.iter().zip(pods).any(|(name, pod)| *name != pod.name)
+        {
             self.names = pods.iter().map(|pod| pod.name.clone()).collect();
             let made = |columns: &Columns| pods.iter().flat_map(|pod| columns.made(&pod.name)).collect();
             self.answers = self.columns.iter().map(|columns| Answer::Series(made(columns))).collect();

@@ -79,9 +79,19 @@ fn main() {
 
 fn healthy(arguments: &Arguments, tail: &Tail) {
     let count = arguments.rollouts;
-    let wanted = |world: &&World| arguments.world.as_ref().is_none_or(|name| world.name.starts_with(name.as_str()));
+    let wanted =
+        |world: &&World| arguments.world.as_ref().is_none_or(|name| world.name.starts_with(name.as_str()));
     let mut ours = Table::new(&[
-        "world", "errors", "latency", "memory", "any", "95 % limit", "target", "stages passed", "blind ticks", "s",
+        "world",
+        "errors",
+        "latency",
+        "memory",
+        "any",
+        "95 % limit",
+        "target",
+        "stages passed",
+        "blind ticks",
+        "s",
     ]);
     let mut theirs = Table::new(&[&["world", "ours"], &["A", "B", "C", "D", "E"][..]].concat());
     let mut alarms = vec![];
@@ -96,7 +106,9 @@ fn healthy(arguments: &Arguments, tail: &Tail) {
         let passed: u32 = outcomes.iter().map(|outcome| outcome.passed.iter().sum::<u32>()).sum();
         let blind: u64 = outcomes.iter().map(|outcome| outcome.blind).sum();
         let mut row = vec![world.name.to_owned()];
-        row.extend((0..KPIS.len()).map(|kpi| percent(alarmed(&|outcome| outcome.alarms[kpi].is_some()), count)));
+        row.extend(
+            (0..KPIS.len()).map(|kpi| percent(alarmed(&|outcome| outcome.alarms[kpi].is_some()), count)),
+        );
         row.extend([
             percent(any, count),
             format!("{:.2} %", 100.0 * limit),
@@ -211,7 +223,11 @@ const EFFECTS: [(&str, usize, Harm, [Noted; 3]); 12] = [
         "memory 2x",
         2,
         Harm { memory: 2.0, ..NONE },
-        [Some((1.0, Some(4.0), Some(1.0))), Some((1.0, Some(4.0), Some(1.0))), Some((1.0, Some(4.0), Some(1.0)))],
+        [
+            Some((1.0, Some(4.0), Some(1.0))),
+            Some((1.0, Some(4.0), Some(1.0))),
+            Some((1.0, Some(4.0), Some(1.0))),
+        ],
     ),
     ("leak 20 %/h", 2, Harm { leak: 1.2, ..NONE }, [None, Some((0.0, None, None)), None]),
     ("leak 50 %/h", 2, Harm { leak: 1.5, ..NONE }, [None, Some((0.36, Some(116.0), None)), None]),
@@ -225,7 +241,16 @@ const DELAY: f64 = 1.25;
 
 fn power(arguments: &Arguments, tail: &Tail) {
     let mut ours = Table::new(&[
-        "effect", "rps", "found", "median", "in 8", "notes: found", "median", "in 8", "power", "delay",
+        "effect",
+        "rps",
+        "found",
+        "median",
+        "in 8",
+        "notes: found",
+        "median",
+        "in 8",
+        "power",
+        "delay",
     ]);
     let mut theirs = Table::new(&["effect", "rps", "ours", "A", "B", "C", "D", "E"]);
     for (name, kpi, harm, noted) in EFFECTS {

@@ -174,7 +174,13 @@ fn wandered(rng: &mut Rng, value: f64, memory: f64, sd: f64) -> f64 {
 
 impl<'a> Traffic<'a> {
     /// `pods` of each arm, the canary's cold from the start; `names` are those of the Deployments.
-    pub fn new(world: World, tail: &'a Tail, mut rng: Rng, names: [&'static str; 2], pods: [usize; 2]) -> Self {
+    pub fn new(
+        world: World,
+        tail: &'a Tail,
+        mut rng: Rng,
+        names: [&'static str; 2],
+        pods: [usize; 2],
+    ) -> Self {
         let (phase, wander) = (TAU * rng.f64(), [0.3 * rng.normal(), 0.05 * rng.normal()]);
         let mut traffic = Self {
             world,
@@ -279,8 +285,7 @@ impl<'a> Traffic<'a> {
     }
 
     fn serve(&mut self, arm: usize, index: usize, each: f64, (harm, since): (Harm, f64), time: f64) {
-        let (common, before, heavy, cold) =
-            (self.common, self.before, self.world.heavy, self.world.cold);
+        let (common, before, heavy, cold) = (self.common, self.before, self.world.heavy, self.world.cold);
         let rng = &mut self.rng;
         let pod = &mut self.pods[arm][index];
         pod.before = pod.now.take();
@@ -300,8 +305,7 @@ impl<'a> Traffic<'a> {
         let felt = |of: fn(&Common) -> f64| of(&common) + lag * (of(&before) - of(&common));
         let cold = 1.0 + 0.5 * (-(time - pod.age - pod.born).max(0.0) / cold).exp();
         let requests = rng.poisson(each * (felt(|c| c.load) + pod.own[0]).exp());
-        let error =
-            0.005 * harm.errors * cold * (felt(|c| c.errors) + pod.own[1] + pod.wander[0]).exp();
+        let error = 0.005 * harm.errors * cold * (felt(|c| c.errors) + pod.own[1] + pod.wander[0]).exp();
         pod.counted.requests += requests as f64;
         pod.counted.errors += binomial(rng, requests, error.min(0.9)) as f64;
         let slower = (harm.latency * cold).ln() + felt(|c| c.latency) + pod.own[2] + pod.wander[1];
@@ -317,9 +321,8 @@ impl<'a> Traffic<'a> {
         }
         let hours = (time - since).max(0.0) / 3600.0;
         let grown = harm.memory.ln() + harm.leak.ln() * hours;
-        pod.counted.memory = 2e8
-            * (felt(|c| c.memory) + pod.own[3] + pod.wander[2] + grown).exp()
-            * (1.0 + 0.08 * pod.saw.1);
+        pod.counted.memory =
+            2e8 * (felt(|c| c.memory) + pod.own[3] + pod.wander[2] + grown).exp() * (1.0 + 0.08 * pod.saw.1);
         pod.now = Some(pod.counted);
     }
 }
