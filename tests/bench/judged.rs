@@ -95,7 +95,9 @@ impl Columns {
         let metric = "http_request_duration_seconds_bucket";
         let bounds = BOUNDS.iter().enumerate().filter(|(_, bound)| asked(bound));
         let finite = bounds.map(|(index, bound)| (metric, Some(*bound), BUCKET, index));
-        Self(finite.chain([(metric, Some("+Inf"), BUCKET, BOUNDS.len())]).collect())
+        // As Prometheus sorts them: "+Inf" before any digit.
+        let all: (&str, _, Column, _) = (metric, Some("+Inf"), BUCKET, BOUNDS.len());
+        Self([all].into_iter().chain(finite).collect())
     }
 
     fn made(&self, pod: &str) -> impl Iterator<Item = Series> {
