@@ -22,6 +22,7 @@ use serde_json::{json, value::RawValue};
 use crate::{
     dispatch::{self, Answer},
     metrics::{self, Outcome, Verdict},
+    monitoring::Point,
     pool::Buffer,
     query::Query,
     state::{Expert, Runtime, Snapshot},
@@ -144,10 +145,11 @@ pub(crate) fn admin(runtime: &Runtime, request: &Request<Incoming>) -> Reply {
         "/metrics" => reply(StatusCode::OK, metrics::CONTENT_TYPE, runtime.encode_metrics().into()),
         "/points" => {
             let points: serde_json::Map<_, _> = runtime
+                .metrics
                 .store
                 .points()
                 .into_iter()
-                .map(|(name, points)| (name.to_owned(), json!(points)))
+                .map(|(series, points)| (series, points.iter().map(point).collect()))
                 .collect();
             reply(StatusCode::OK, JSON, json!(points).to_string().into())
         }
@@ -163,6 +165,17 @@ pub(crate) fn admin(runtime: &Runtime, request: &Request<Incoming>) -> Reply {
             });
             reply(StatusCode::OK, JSON, shown.to_string().into())
         }
+    }
+}
+
+/// A recorded point: seconds since the epoch, value and, with `preAggregation`, what was seen since the last one.
+fn point(point: &Point) -> serde_json::Value {
+    match &point.summary {
+        None => json!([point.time, point.value]),
+        Some(s) => json!([point.time, point.value, {
+            "count": s.count, "sum": s.sum, "min": s.min, "max": s.max, "p50": s.p50, "p99": s.p99,
+            "ddsketch": s.hex(),
+        }]),
     }
 }
 
@@ -253,7 +266,7 @@ async fn query(
         debug_assert!(written.is_ok());
         reply(StatusCode::OK, JSON, buffer.freeze())
     };
-    runtime.metrics.count(verdict);
+    runtime.metrics.count_of(&query.requester, verdict);
     runtime.metrics.query_duration.observe(started.elapsed().as_secs_f64());
     Ok(reply)
 }

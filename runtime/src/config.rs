@@ -271,6 +271,10 @@ impl Default for Unified {
 pub struct Monitoring {
     /// Points are recorded when something changed, not by the clock.
     pub adaptive_sampling: AdaptiveSampling,
+    /// Points sum up all that was seen since the last one.
+    pub pre_aggregation: PreAggregation,
+    /// Label values that clients choose are bounded.
+    pub cardinality_limit: CardinalityLimit,
 }
 
 /// Points are recorded when a value changed, or when a heartbeat is due.
@@ -291,6 +295,8 @@ pub struct AdaptiveSampling {
     /// Longest silence of a series; `probeMax` to 290 s, since Prometheus looks back five minutes only.
     #[serde(with = "units::duration")]
     pub heartbeat: Duration,
+    /// What is otherwise for a component.
+    pub overrides: Overrides,
 }
 
 impl Default for AdaptiveSampling {
@@ -301,7 +307,81 @@ impl Default for AdaptiveSampling {
             min: Duration::from_secs(1),
             probe_max: Duration::from_secs(15),
             heartbeat: Duration::from_secs(240),
+            overrides: Overrides::default(),
         }
+    }
+}
+
+/// What is otherwise for a component.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Overrides {
+    /// Resident memory, in bytes; a change is 2 % and 256 KiB.
+    pub memory: Override,
+    /// Processors in use; a change is 10 % and a hundredth of a processor.
+    pub cpu: Override,
+    /// Bytes read and written a second; a change is 1 % and 4 KiB/s.
+    pub disk: Override,
+    /// Bytes received and sent a second; a change is 5 % and 1 KiB/s.
+    pub network: Override,
+    /// Mean seconds of a call, for each expert; a change is 10 % and a millisecond.
+    pub upstream: Override,
+}
+
+impl Overrides {
+    /// Each component's name and override, in the order of their declaration.
+    pub fn each(&self) -> [(&'static str, &Override); 5] {
+        let Self { memory, cpu, disk, network, upstream } = self;
+        [("memory", memory), ("cpu", cpu), ("disk", disk), ("network", network), ("upstream", upstream)]
+    }
+}
+
+/// How one component is watched. What is absent is as for all.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Override {
+    /// As `base` for all.
+    #[serde(with = "units::duration::option", skip_serializing_if = "Option::is_none")]
+    pub base: Option<Duration>,
+    /// As `probeMax` for all.
+    #[serde(with = "units::duration::option", skip_serializing_if = "Option::is_none")]
+    pub probe_max: Option<Duration>,
+    /// Share of the last recorded value that counts as a change, 0.001 to 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<f64>,
+}
+
+/// Points sum up all that was seen since the last one: count, sum, least, greatest and last value, and a sketch of
+/// the distribution that can be merged with those of other points and processes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct PreAggregation {
+    /// Off: a point is the value of one look.
+    pub enabled: bool,
+    /// Time between two points, 1 s to 1 h; with `adaptiveSampling` a point comes when that says so.
+    #[serde(with = "units::duration")]
+    pub window: Duration,
+}
+
+impl Default for PreAggregation {
+    fn default() -> Self {
+        Self { enabled: false, window: Duration::from_secs(60) }
+    }
+}
+
+/// Bounds the series whose label values clients choose: who asks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct CardinalityLimit {
+    /// Off: each requester has series of its own, up to a fixed cap of the process.
+    pub enabled: bool,
+    /// Series at most, 10 to 20,000; requesters above it are counted together as `__other__`, with their outcomes.
+    pub max_series: u32,
+}
+
+impl Default for CardinalityLimit {
+    fn default() -> Self {
+        Self { enabled: false, max_series: 1000 }
     }
 }
 
@@ -420,7 +500,13 @@ impl Config {
         check.positive("optimizations.connections.unified.keepAlive", unified.keep_alive);
         check.positive("optimizations.connections.unified.acquireTimeout", unified.acquire_timeout);
 
-        check.sampling(&self.optimizations.monitoring.adaptive_sampling);
+        let monitoring = &self.optimizations.monitoring;
+        check.sampling(&monitoring.adaptive_sampling);
+        let window = monitoring.pre_aggregation.window;
+        check.at_least("optimizations.monitoring.preAggregation.window", window, Duration::from_secs(1));
+        check.at_most("optimizations.monitoring.preAggregation.window", window, Duration::from_secs(3600));
+        let series = monitoring.cardinality_limit.max_series;
+        check.range("optimizations.monitoring.cardinalityLimit.maxSeries", series, 10, 20_000);
 
         check.range("baseline.perHost", self.baseline.per_host, 1, 10_000);
         check.positive("baseline.keepAlive", self.baseline.keep_alive);
@@ -525,6 +611,20 @@ impl Check {
         self.at_least(&path("probeMax"), sampling.probe_max, sampling.base);
         self.at_least(&path("heartbeat"), sampling.heartbeat, sampling.probe_max);
         self.at_most(&path("heartbeat"), sampling.heartbeat, Duration::from_secs(290));
+        for (name, wanted) in sampling.overrides.each() {
+            let path = |field: &str| format!("{}.{name}.{field}", path("overrides"));
+            let base = wanted.base.unwrap_or(sampling.base);
+            let probe_max = wanted.probe_max.unwrap_or(sampling.probe_max);
+            self.at_least(&path("base"), base, sampling.min);
+            self.at_least(&path("probeMax"), probe_max, base);
+            self.at_most(&path("probeMax"), probe_max, sampling.heartbeat);
+            if wanted.threshold.is_some_and(|share| !(0.001..=1.0).contains(&share)) {
+                self.fail(
+                    path("threshold"),
+                    "the share is outside 0.001 to 1, such as 0.05 for five per cent",
+                );
+            }
+        }
     }
 }
 
@@ -624,7 +724,10 @@ mod tests {
             optimizations:
               memory: {objectPool: {enabled: true, maxObjects: 128, retainMax: 16KiB}, cacheTtl: {enabled: true, ttl: 30m, maxEntries: 500, memoryLimit: 64MiB}}
               connections: {unified: {enabled: true, perHost: 30, total: 100, keepAlive: 30s, acquireTimeout: 1s}}
-              monitoring: {adaptiveSampling: {enabled: true, base: 5s, min: 1s, probeMax: 15s, heartbeat: 240s}}
+              monitoring:
+                adaptiveSampling: {enabled: true, base: 5s, min: 1s, probeMax: 15s, heartbeat: 240s, overrides: {memory: {base: 10s, threshold: 0.02}, disk: {probeMax: 60s}}}
+                preAggregation: {enabled: true, window: 60s}
+                cardinalityLimit: {enabled: true, maxSeries: 1000}
             baseline: {perHost: 10, keepAlive: 15s, cacheTtl: 4h, sampleInterval: 5s}"#;
         let config = Config::parse(file.as_bytes()).expect("valid");
         assert!(config.optimizations.memory.cache_ttl.enabled);
@@ -714,6 +817,26 @@ mod tests {
             (
                 optimizations("{monitoring: {adaptiveSampling: {heartbeat: 5m}}}"),
                 vec!["adaptiveSampling.heartbeat"],
+            ),
+            (
+                optimizations("{monitoring: {adaptiveSampling: {overrides: {gpu: {base: 5s}}}}}"),
+                vec!["adaptiveSampling.overrides", "gpu", "upstream"],
+            ),
+            (
+                optimizations("{monitoring: {adaptiveSampling: {overrides: {memory: {base: 30s}}}}}"),
+                vec!["overrides.memory.probeMax", "30s"],
+            ),
+            (
+                optimizations("{monitoring: {adaptiveSampling: {overrides: {cpu: {threshold: 2}}}}}"),
+                vec!["overrides.cpu.threshold", "0.001 to 1"],
+            ),
+            (
+                optimizations("{monitoring: {preAggregation: {window: 2h}}}"),
+                vec!["preAggregation.window", "1h"],
+            ),
+            (
+                optimizations("{monitoring: {cardinalityLimit: {maxSeries: 1}}}"),
+                vec!["cardinalityLimit.maxSeries", "10 to 20000"],
             ),
             (format!("{ONE}\nbaseline: {{sampleInterval: 10ms}}"), vec!["baseline.sampleInterval", "1s"]),
             (format!("{ONE}\nbaseline: {{perHost: 0}}"), vec!["baseline.perHost"]),

@@ -3,12 +3,16 @@
 //! Touches only counters and, at a scrape, this process's own entries below `/proc`. Names of experts are the only
 //! labels that come from a configuration; they are dropped when the configuration drops the expert.
 
-use std::{sync::OnceLock, time::SystemTime};
+use std::{
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::SystemTime,
+};
 
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeMetric},
+    encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder},
     metrics::{
+        MetricType, TypedMetric,
         counter::{ConstCounter, Counter},
         family::Family,
         gauge::{ConstGauge, Gauge},
@@ -17,7 +21,13 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::config::Config;
+use crate::{
+    config::Config,
+    monitoring::{
+        Store, Window,
+        cardinality::{self, Limited},
+    },
+};
 
 /// Media type of [`Metrics::encode`]'s text.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -81,7 +91,7 @@ impl Verdict {
 }
 
 /// The components that the monitor watches.
-pub(crate) const COMPONENTS: [&str; 4] = ["memory", "cpu", "disk", "network"];
+pub(crate) const COMPONENTS: [&str; 5] = ["memory", "cpu", "disk", "network", "upstream"];
 
 type Labels = Vec<(&'static str, String)>;
 
@@ -96,11 +106,79 @@ fn acquire_histogram() -> Histogram {
     ])
 }
 
+/// How long an expert's calls take: a histogram and, while `monitoring.preAggregation` is on, their current window.
+#[derive(Debug, Clone)]
+pub(crate) struct Latency {
+    histogram: Histogram,
+    summed: Arc<Mutex<Summed>>,
+}
+
+#[derive(Debug, Default)]
+struct Summed {
+    calls: u64,
+    seconds: f64,
+    on: bool,
+    window: Option<Window>,
+}
+
+impl Default for Latency {
+    fn default() -> Self {
+        Self { histogram: histogram(), summed: Arc::default() }
+    }
+}
+
+impl EncodeMetric for Latency {
+    fn encode(&self, encoder: MetricEncoder<'_>) -> Result<(), std::fmt::Error> {
+        self.histogram.encode(encoder)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        self.histogram.metric_type()
+    }
+}
+
+impl TypedMetric for Latency {
+    const TYPE: MetricType = <Histogram as TypedMetric>::TYPE;
+}
+
+impl Latency {
+    pub(crate) fn observe(&self, seconds: f64) {
+        self.histogram.observe(seconds);
+        let mut summed = self.summed();
+        summed.calls += 1;
+        summed.seconds += seconds;
+        if summed.on {
+            Window::add(&mut summed.window, seconds);
+        }
+    }
+
+    /// Calls so far, and their seconds.
+    pub(crate) fn total(&self) -> (u64, f64) {
+        let summed = self.summed();
+        (summed.calls, summed.seconds)
+    }
+
+    /// Begins to sum up calls, or ends it.
+    pub(crate) fn sum_up(&self, on: bool) {
+        let mut summed = self.summed();
+        (summed.on, summed.window) = (on, None);
+    }
+
+    /// The calls since the last time.
+    pub(crate) fn take_window(&self) -> Option<Window> {
+        self.summed().window.take()
+    }
+
+    fn summed(&self) -> std::sync::MutexGuard<'_, Summed> {
+        self.summed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// The metrics of one expert.
 #[derive(Debug, Clone)]
 pub(crate) struct Service {
     requests: [Counter; 6],
-    pub(crate) duration: Histogram,
+    pub(crate) duration: Latency,
     pub(crate) acquire: Histogram,
     pub(crate) opened: Counter,
     pub(crate) open: Gauge,
@@ -127,7 +205,7 @@ pub(crate) struct Metrics {
     pub(crate) query_duration: Histogram,
     pub(crate) inflight: Gauge,
     requests: Family<Labels, Counter>,
-    duration: Family<Labels, Histogram, fn() -> Histogram>,
+    duration: Family<Labels, Latency>,
     acquire: Family<Labels, Histogram, fn() -> Histogram>,
     opened: Family<Labels, Counter>,
     open: Family<Labels, Gauge>,
@@ -139,8 +217,12 @@ pub(crate) struct Metrics {
     pub(crate) cache_miss: Counter,
     pub(crate) cache_entries: Gauge,
     pub(crate) cache_bytes: Gauge,
-    pub(crate) components: [Component; 4],
+    pub(crate) components: [Component; 5],
     pub(crate) monitor_cpu: Counter<f64, std::sync::atomic::AtomicU64>,
+    /// Queries by who asked.
+    pub(crate) requesters: Arc<Limited>,
+    /// The monitor's points.
+    pub(crate) store: Arc<Store>,
     config_info: Family<Labels, Gauge>,
     pub(crate) reload_applied: Counter,
     pub(crate) reload_rejected: Counter,
@@ -176,7 +258,7 @@ impl Metrics {
 
         let requests = Family::default();
         own.register("upstream_requests", "Calls to experts by how they ended", requests.clone());
-        let duration = Family::new_with_constructor(histogram as fn() -> Histogram);
+        let duration = Family::<Labels, Latency>::default();
         own.register(
             "upstream_duration_seconds",
             "Time of a call to an expert, waiting included",
@@ -210,6 +292,17 @@ impl Metrics {
         let monitor_cpu = Counter::default();
         own.register("monitor_cpu_seconds", "CPU time that the monitor itself used", monitor_cpu.clone());
 
+        let updates = Counter::default();
+        own.register("metric_updates", "Counts under labels that clients choose", updates.clone());
+        let overflow = Family::<Labels, Counter>::default();
+        let help = "Counts whose label was folded, since its family was full";
+        own.register("metric_overflow", help, overflow.clone());
+        let labels = vec![("family", REQUESTERS.to_owned()), ("label", "requester".to_owned())];
+        let requesters = Arc::new(Limited::new(updates, overflow.get_or_create_owned(&labels)));
+        own.register_collector(Box::new(Requesters(requesters.clone())));
+        let store = Arc::<Store>::default();
+        own.register_collector(Box::new(Newest(store.clone())));
+
         let config_info = Family::default();
         own.register("config_info", "Hash of the configuration in force", config_info.clone());
         let help = "Changed configuration files by what became of them";
@@ -237,6 +330,8 @@ impl Metrics {
             cache_bytes,
             components,
             monitor_cpu,
+            requesters,
+            store,
             config_info,
             reload_applied: reloads[0].clone(),
             reload_rejected: reloads[1].clone(),
@@ -246,6 +341,12 @@ impl Metrics {
 
     pub(crate) fn count(&self, verdict: Verdict) {
         self.queries[verdict as usize].inc();
+    }
+
+    /// Counts a query that somebody is known to have asked.
+    pub(crate) fn count_of(&self, requester: &str, verdict: Verdict) {
+        self.count(verdict);
+        self.requesters.count(requester, verdict as usize);
     }
 
     /// The metrics of one expert, made when they are new, with every outcome at zero, so that the first failure is
@@ -265,8 +366,13 @@ impl Metrics {
         }
     }
 
-    /// Shows that `new` is in force, and drops the series of experts that only `old` had.
+    /// Shows that `new` is in force, bounds what it bounds, and drops the series of experts that only `old` had.
     pub(crate) fn configured(&self, hash: &str, old: Option<&Config>, new: &Config) {
+        let limit = &new.optimizations.monitoring.cardinality_limit;
+        self.requesters.limit(match limit.enabled {
+            true => limit.max_series as usize,
+            false => cardinality::BASELINE_MAX_SERIES,
+        });
         self.config_info.clear();
         self.config_info.get_or_create(&vec![("hash", hash.to_owned())]).set(1);
         for expert in old.map_or(&[][..], |old| &old.experts) {
@@ -294,6 +400,60 @@ impl Metrics {
             tracing::warn!(%error, "metrics could not be encoded whole");
         }
         text
+    }
+}
+
+const REQUESTERS: &str = "requester_queries";
+
+/// Queries by who asked and how they ended, as far as `monitoring.cardinalityLimit` lets them apart.
+#[derive(Debug)]
+struct Requesters(Arc<Limited>);
+
+impl Collector for Requesters {
+    fn encode(&self, mut to: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let series = self.0.series();
+        let help = "Queries by who asked and how they ended";
+        let mut all = to.encode_descriptor(REQUESTERS, help, None, MetricType::Counter)?;
+        for (requester, outcome, count) in &series {
+            let labels = [("requester", &**requester), ("outcome", Verdict::ALL[*outcome].1)];
+            ConstCounter::new(*count).encode(all.encode_family(&labels)?)?;
+        }
+        let (now, most) = self.0.size();
+        let labels = [("family", REQUESTERS)];
+        for (name, help, value) in [
+            ("metric_series", "Series whose labels clients choose", now),
+            ("metric_series_limit", "Most series that there can be", most),
+        ] {
+            let mut family = to.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            ConstGauge::new(value as i64).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// The newest point of each monitored series, so that what is recorded can be seen without the points themselves.
+#[derive(Debug)]
+struct Newest(Arc<Store>);
+
+impl Collector for Newest {
+    fn encode(&self, mut to: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let help = "The newest recorded point, and what was seen since the one before";
+        let mut family = to.encode_descriptor("monitor_value", help, None, MetricType::Gauge)?;
+        for (series, point) in self.0.newest() {
+            let mut gauge = |stat: &str, value: f64| {
+                let labels = [("series", &*series), ("stat", stat)];
+                ConstGauge::new(value).encode(family.encode_family(&labels)?)
+            };
+            gauge("last", point.value)?;
+            if let Some(s) = point.summary {
+                gauge("min", s.min)?;
+                gauge("max", s.max)?;
+                gauge("mean", s.sum / s.count as f64)?;
+                gauge("p50", s.p50)?;
+                gauge("p99", s.p99)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -336,8 +496,12 @@ pub(crate) fn start_time() -> f64 {
 
 /// Resident memory in bytes, where the system tells.
 pub(crate) fn resident_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/self/statm").ok()?;
-    let pages: u64 = text.split(' ').nth(1)?.parse().ok()?;
+    parse_resident(&std::fs::read_to_string("/proc/self/statm").ok()?)
+}
+
+/// Resident memory in bytes, from the text of `/proc/self/statm`.
+pub(crate) fn parse_resident(statm: &str) -> Option<u64> {
+    let pages: u64 = statm.split(' ').nth(1)?.parse().ok()?;
     Some(pages * rustix::param::page_size() as u64)
 }
 

@@ -21,7 +21,6 @@ use crate::{
     config::{self, Config},
     connections::{self, Address, Limits, Route},
     metrics::{Metrics, Service},
-    monitoring::Store,
     pool::{Buffer, BufferPool},
 };
 
@@ -88,7 +87,6 @@ pub(crate) struct Runtime {
     /// One configuration at a time.
     applying: Mutex<()>,
     pub(crate) metrics: Metrics,
-    pub(crate) store: Store,
     /// Queries being served.
     pub(crate) inflight: AtomicUsize,
     pub(crate) draining: AtomicBool,
@@ -117,7 +115,6 @@ impl Runtime {
             rejected: Mutex::default(),
             applying: Mutex::default(),
             metrics,
-            store: Store::default(),
             inflight: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
             instance: HeaderValue::from_str(instance).unwrap_or(HeaderValue::from_static("unknown")),

@@ -109,6 +109,28 @@ pub mod duration {
         }
         from.deserialize_any(Visitor)
     }
+
+    /// For fields that may be absent.
+    pub mod option {
+        use std::time::Duration;
+
+        use serde::{Deserialize, Deserializer, Serializer};
+
+        /// For `#[serde(with = …)]`.
+        pub fn serialize<S: Serializer>(value: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
+            match value {
+                Some(value) => super::serialize(value, to),
+                None => to.serialize_none(),
+            }
+        }
+
+        /// For `#[serde(with = …)]`.
+        pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+            #[derive(Deserialize)]
+            struct Text(#[serde(with = "super")] Duration);
+            Ok(Option::<Text>::deserialize(from)?.map(|Text(value)| value))
+        }
+    }
 }
 
 /// Serde adapter for byte sizes: an integer, or a string with a unit (`16KiB`, `64MiB`).
