@@ -258,14 +258,22 @@ async fn query(
     };
     let mut buffer = snapshot.buffer();
     let rows = answers.iter().map(Row::from).collect();
-    let reply = if verdict == Verdict::Error {
+    let (status, body) = if verdict == Verdict::Error {
         missed(&id, &answers, rows, ok, quorum, buffer)
     } else {
         // Strings, numbers and raw JSON written to memory: serde_json has no error for these.
         let written = serde_json::to_writer(&mut *buffer, &Answers { id: &id, answers: rows, partial });
         debug_assert!(written.is_ok());
-        reply(StatusCode::OK, JSON, buffer.freeze())
+        (StatusCode::OK, buffer.freeze())
     };
+    if let Some(collector) = &snapshot.collector {
+        let (requester, outcome) = (&query.requester, verdict.as_str());
+        runtime.results.push(collector, requester, outcome, started.elapsed(), &body);
+    }
+    let mut reply = reply(status, if status == StatusCode::OK { JSON } else { PROBLEM }, body);
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        retry_later(&mut reply);
+    }
     runtime.metrics.count_of(&query.requester, verdict);
     runtime.metrics.query_duration.observe(started.elapsed().as_secs_f64());
     Ok(reply)
@@ -279,7 +287,7 @@ fn missed(
     ok: usize,
     quorum: usize,
     mut buffer: Buffer,
-) -> Reply {
+) -> (StatusCode, Bytes) {
     let failures = || answers.iter().filter_map(|answer| answer.result.as_ref().err().map(|f| f.outcome));
     let (status, kind, title) = if failures().all(|o| o == Outcome::Busy) {
         (StatusCode::SERVICE_UNAVAILABLE, "busy", "No connection to the experts was free in time")
@@ -299,11 +307,7 @@ fn missed(
     };
     let written = serde_json::to_writer(&mut *buffer, &body);
     debug_assert!(written.is_ok());
-    let mut reply = reply(status, PROBLEM, buffer.freeze());
-    if status == StatusCode::SERVICE_UNAVAILABLE {
-        retry_later(&mut reply);
-    }
-    reply
+    (status, buffer.freeze())
 }
 
 /// Reads a body up to the limit.

@@ -65,6 +65,9 @@ pub struct Config {
     /// How a query is spread over the experts.
     #[serde(default)]
     pub dispatch: Dispatch,
+    /// Where the result of each query is handed on to; absent: nowhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub results: Option<Results>,
     /// The switches. What is absent is off: the baseline path serves.
     #[serde(default)]
     pub optimizations: Optimizations,
@@ -163,6 +166,21 @@ impl Default for Dispatch {
     }
 }
 
+/// A collector of results, for audits and evaluations: it is posted JSON arrays of
+/// `{time, requester, outcome, durationMs, response}`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Results {
+    /// Where batches are posted, as an expert's URL. 400, 413 and 422 refuse a batch; any other failure is tried again.
+    pub url: String,
+    /// Longest time that a result waits for others; above zero.
+    #[serde(default = "one_second", with = "units::duration")]
+    pub flush: Duration,
+    /// How long the collector may take to answer; above zero.
+    #[serde(default = "five_seconds", with = "units::duration")]
+    pub timeout: Duration,
+}
+
 /// The switches, in the groups that the operator turns.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
@@ -183,6 +201,10 @@ pub struct Memory {
     pub object_pool: ObjectPool,
     /// A short-lived, bounded answer cache.
     pub cache_ttl: CacheTtl,
+    /// Memory is given back before the container's limit is reached.
+    pub evict: Evict,
+    /// Results are handed on in small batches.
+    pub batch_limit: BatchLimit,
 }
 
 /// Flat query buffers that are kept for the next query.
@@ -193,15 +215,27 @@ pub struct ObjectPool {
     pub enabled: bool,
     /// Buffers kept in all, 1 to 100,000.
     pub max_objects: u32,
+    /// Bytes kept in all, `retainMax` to 1 GiB.
+    #[serde(with = "units::bytes")]
+    pub max_bytes: u64,
     /// Largest buffer kept, in bytes, 1 KiB to 1 MiB. A larger one is freed, so that the pool cannot ratchet up
-    /// to the largest query ever seen. The pool holds `maxObjects × retainMax` bytes at the very most.
+    /// to the largest query ever seen.
     #[serde(with = "units::bytes")]
     pub retain_max: u64,
+    /// How often half of the buffers that nobody needed since the last time are freed; 1 s or more.
+    #[serde(with = "units::duration")]
+    pub trim_every: Duration,
 }
 
 impl Default for ObjectPool {
     fn default() -> Self {
-        Self { enabled: false, max_objects: 128, retain_max: 16 << 10 }
+        Self {
+            enabled: false,
+            max_objects: 128,
+            max_bytes: 2 << 20,
+            retain_max: 16 << 10,
+            trim_every: Duration::from_secs(30),
+        }
     }
 }
 
@@ -224,6 +258,48 @@ pub struct CacheTtl {
 impl Default for CacheTtl {
     fn default() -> Self {
         Self { enabled: false, ttl: Duration::from_secs(1800), max_entries: 500, memory_limit: 64 << 20 }
+    }
+}
+
+/// Memory is given back before the container's limit is reached: a share of the answer cache and all pooled buffers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Evict {
+    /// Off: only the cache's own bounds free anything. Without a limit of the container nothing is ever evicted.
+    pub enabled: bool,
+    /// Share of the container's memory limit, 0.1 to 1, page cache that can be dropped not counted.
+    pub threshold: f64,
+    /// Share of the last ten seconds, 0.01 to 1, in which some thread waited for memory, where the kernel tells.
+    pub stall: f64,
+    /// Share of the cache's entries that go each time, 0.01 to 1: those that nobody asked for again, oldest first.
+    pub fraction: f64,
+    /// Time between two evictions, in which the allocator gives the pages back; 1 s or more.
+    #[serde(with = "units::duration")]
+    pub cooldown: Duration,
+}
+
+impl Default for Evict {
+    fn default() -> Self {
+        Self { enabled: false, threshold: 0.8, stall: 0.2, fraction: 0.2, cooldown: Duration::from_secs(10) }
+    }
+}
+
+/// Results are handed on as they are, in batches of bounded size, and a batch that is refused is split.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct BatchLimit {
+    /// Off: all pending results are copied and sent as one batch, which is lost when it is refused.
+    pub enabled: bool,
+    /// Results in one batch, 1 to 10,000.
+    pub max_items: u32,
+    /// Bytes of one batch, 1 KiB to 64 MiB; one result that is larger is a batch of its own.
+    #[serde(with = "units::bytes")]
+    pub max_bytes: u64,
+}
+
+impl Default for BatchLimit {
+    fn default() -> Self {
+        Self { enabled: false, max_items: 100, max_bytes: 1 << 20 }
     }
 }
 
@@ -413,6 +489,14 @@ impl Default for Baseline {
     }
 }
 
+fn one_second() -> Duration {
+    Duration::from_secs(1)
+}
+
+fn five_seconds() -> Duration {
+    Duration::from_secs(5)
+}
+
 fn twenty_seconds() -> Duration {
     Duration::from_secs(20)
 }
@@ -480,10 +564,31 @@ impl Config {
         let pool = &self.optimizations.memory.object_pool;
         check.range("optimizations.memory.objectPool.maxObjects", pool.max_objects, 1, 100_000);
         check.size("optimizations.memory.objectPool.retainMax", pool.retain_max, 1 << 10, 1 << 20);
+        check.size("optimizations.memory.objectPool.maxBytes", pool.max_bytes, pool.retain_max, 1 << 30);
+        check.at_least("optimizations.memory.objectPool.trimEvery", pool.trim_every, Duration::from_secs(1));
+        check.at_most("optimizations.memory.objectPool.trimEvery", pool.trim_every, LONGEST);
         let cache = &self.optimizations.memory.cache_ttl;
         check.positive("optimizations.memory.cacheTtl.ttl", cache.ttl);
         check.range("optimizations.memory.cacheTtl.maxEntries", cache.max_entries, 1, 10_000_000);
         check.size("optimizations.memory.cacheTtl.memoryLimit", cache.memory_limit, 64 << 10, 64 << 30);
+
+        let evict = &self.optimizations.memory.evict;
+        check.share("optimizations.memory.evict.threshold", evict.threshold, 0.1);
+        check.share("optimizations.memory.evict.stall", evict.stall, 0.01);
+        check.share("optimizations.memory.evict.fraction", evict.fraction, 0.01);
+        check.at_least("optimizations.memory.evict.cooldown", evict.cooldown, Duration::from_secs(1));
+        check.at_most("optimizations.memory.evict.cooldown", evict.cooldown, LONGEST);
+        let batch = &self.optimizations.memory.batch_limit;
+        check.range("optimizations.memory.batchLimit.maxItems", batch.max_items, 1, 10_000);
+        check.size("optimizations.memory.batchLimit.maxBytes", batch.max_bytes, 1 << 10, 64 << 20);
+
+        if let Some(results) = &self.results {
+            if let Err(reason) = check_url(&results.url) {
+                check.fail("results.url", reason);
+            }
+            check.positive("results.flush", results.flush);
+            check.positive("results.timeout", results.timeout);
+        }
 
         let unified = &self.optimizations.connections.unified;
         check.range("optimizations.connections.unified.perHost", unified.per_host, 1, 10_000);
@@ -546,6 +651,12 @@ impl Check {
         if !(min..=max).contains(&value) {
             let [value, min, max] = [value, min, max].map(units::bytes::format);
             self.fail(path, format!("{value} is outside {min} to {max}"));
+        }
+    }
+
+    fn share(&mut self, path: &str, value: f64, min: f64) {
+        if !(min..=1.0).contains(&value) {
+            self.fail(path, format!("{value} is outside {min} to 1; write a share such as 0.8"));
         }
     }
 
@@ -618,12 +729,7 @@ impl Check {
             self.at_least(&path("base"), base, sampling.min);
             self.at_least(&path("probeMax"), probe_max, base);
             self.at_most(&path("probeMax"), probe_max, sampling.heartbeat);
-            if wanted.threshold.is_some_and(|share| !(0.001..=1.0).contains(&share)) {
-                self.fail(
-                    path("threshold"),
-                    "the share is outside 0.001 to 1, such as 0.05 for five per cent",
-                );
-            }
+            self.share(&path("threshold"), wanted.threshold.unwrap_or(1.0), 0.001);
         }
     }
 }
@@ -721,8 +827,13 @@ mod tests {
             server: {listen: "0.0.0.0:8080", admin: "0.0.0.0:9090", maxInFlight: 1024, bodyLimit: 1MiB, drain: {delay: 5s, timeout: 25s}}
             experts: [{name: alpha, kind: http, url: "http://alpha:8000/query", timeout: 20s}]
             dispatch: {deadline: 30s, quorum: 1}
+            results: {url: "http://audit:8000/results", flush: 1s, timeout: 5s}
             optimizations:
-              memory: {objectPool: {enabled: true, maxObjects: 128, retainMax: 16KiB}, cacheTtl: {enabled: true, ttl: 30m, maxEntries: 500, memoryLimit: 64MiB}}
+              memory:
+                objectPool: {enabled: true, maxObjects: 128, maxBytes: 2MiB, retainMax: 16KiB, trimEvery: 30s}
+                cacheTtl: {enabled: true, ttl: 30m, maxEntries: 500, memoryLimit: 64MiB}
+                evict: {enabled: true, threshold: 0.8, stall: 0.2, fraction: 0.2, cooldown: 10s}
+                batchLimit: {enabled: true, maxItems: 100, maxBytes: 1MiB}
               connections: {unified: {enabled: true, perHost: 30, total: 100, keepAlive: 30s, acquireTimeout: 1s}}
               monitoring:
                 adaptiveSampling: {enabled: true, base: 5s, min: 1s, probeMax: 15s, heartbeat: 240s, overrides: {memory: {base: 10s, threshold: 0.02}, disk: {probeMax: 60s}}}
@@ -798,6 +909,16 @@ mod tests {
                 optimizations("{memory: {objectPool: {retainMax: 1GiB}}}"),
                 vec!["objectPool.retainMax", "1MiB"],
             ),
+            (optimizations("{memory: {objectPool: {maxBytes: 2KiB}}}"), vec!["objectPool.maxBytes", "16KiB"]),
+            (optimizations("{memory: {objectPool: {trimEvery: 0s}}}"), vec!["objectPool.trimEvery", "1s"]),
+            (optimizations("{memory: {evict: {threshold: 80}}}"), vec!["evict.threshold", "0.1 to 1"]),
+            (optimizations("{memory: {evict: {fraction: .nan}}}"), vec!["evict.fraction"]),
+            (optimizations("{memory: {evict: {stall: 0}}}"), vec!["evict.stall"]),
+            (optimizations("{memory: {evict: {cooldown: 1ms}}}"), vec!["evict.cooldown", "1s"]),
+            (optimizations("{memory: {batchLimit: {maxItems: 0}}}"), vec!["batchLimit.maxItems"]),
+            (optimizations("{memory: {batchLimit: {maxBytes: 1GiB}}}"), vec!["batchLimit.maxBytes", "64MiB"]),
+            (format!("{ONE}\nresults: {{url: \"audit:1\"}}"), vec!["results.url", "not an HTTP URL"]),
+            (format!("{ONE}\nresults: {{url: \"http://a\", flush: 0s}}"), vec!["results.flush"]),
             (optimizations("{memory: {cacheTtl: {ttl: 0s}}}"), vec!["cacheTtl.ttl"]),
             (optimizations("{memory: {cacheTtl: {maxEntries: 0}}}"), vec!["cacheTtl.maxEntries"]),
             (optimizations("{memory: {cacheTtl: {memoryLimit: 1}}}"), vec!["cacheTtl.memoryLimit"]),

@@ -5,8 +5,8 @@
 //! That part must not touch a socket, a clock or a file, since the operator judges users' configuration with it.
 //!
 //! With it, from the client inwards: [`server`] (sockets) → `api` (HTTP) → `dispatch` (fan-out) → `cache`, `pool` and
-//! `connections` (the optimizations). `state` holds what is in force, `reload` replaces it, `monitoring` watches the
-//! process, `metrics` counts. [`load`] is the other side: mock experts and a load generator.
+//! `connections` (the optimizations). `results` hands answers on. `state` holds what is in force, `reload` replaces it,
+//! `monitoring` watches the process and `pressure` its memory limit, `metrics` counts. [`load`] is the other side: mock experts and a load generator.
 
 pub mod config;
 
@@ -27,11 +27,15 @@ mod monitoring;
 #[cfg(feature = "server")]
 mod pool;
 #[cfg(feature = "server")]
+mod pressure;
+#[cfg(feature = "server")]
 pub mod process;
 #[cfg(feature = "server")]
 mod query;
 #[cfg(feature = "server")]
 mod reload;
+#[cfg(feature = "server")]
+mod results;
 #[cfg(feature = "server")]
 pub mod server;
 #[cfg(feature = "server")]

@@ -48,7 +48,7 @@ fn filler(seed: u64, size: usize) -> String {
 }
 
 /// Answers every request of a listener with `handler`, until the future is dropped.
-async fn serve<H, F>(listener: TcpListener, handler: H)
+pub(crate) async fn serve<H, F>(listener: TcpListener, handler: H)
 where
     H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<Full<Bytes>>> + Send + 'static,

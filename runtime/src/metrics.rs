@@ -22,11 +22,15 @@ use prometheus_client::{
 };
 
 use crate::{
+    cache::Evictions,
     config::Config,
     monitoring::{
         Store, Window,
         cardinality::{self, Limited},
     },
+    pool,
+    pressure::Cgroup,
+    results,
 };
 
 /// Media type of [`Metrics::encode`]'s text.
@@ -81,13 +85,19 @@ pub(crate) enum Verdict {
 }
 
 impl Verdict {
-    const ALL: [(Self, &'static str); 5] = [
-        (Self::Ok, "ok"),
-        (Self::Partial, "partial"),
-        (Self::Error, "error"),
-        (Self::Shed, "shed"),
-        (Self::Invalid, "invalid"),
-    ];
+    const ALL: [Self; cardinality::OUTCOMES] =
+        [Self::Ok, Self::Partial, Self::Error, Self::Shed, Self::Invalid];
+
+    /// The label value.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Partial => "partial",
+            Self::Error => "error",
+            Self::Shed => "shed",
+            Self::Invalid => "invalid",
+        }
+    }
 }
 
 /// The components that the monitor watches.
@@ -174,7 +184,7 @@ impl Latency {
     }
 }
 
-/// The metrics of one expert.
+/// The metrics of one expert; by default they are not shown to anybody.
 #[derive(Debug, Clone)]
 pub(crate) struct Service {
     requests: [Counter; 6],
@@ -182,6 +192,18 @@ pub(crate) struct Service {
     pub(crate) acquire: Histogram,
     pub(crate) opened: Counter,
     pub(crate) open: Gauge,
+}
+
+impl Default for Service {
+    fn default() -> Self {
+        Self {
+            requests: Default::default(),
+            duration: Latency::default(),
+            acquire: acquire_histogram(),
+            opened: Counter::default(),
+            open: Gauge::default(),
+        }
+    }
 }
 
 impl Service {
@@ -209,14 +231,17 @@ pub(crate) struct Metrics {
     acquire: Family<Labels, Histogram, fn() -> Histogram>,
     opened: Family<Labels, Counter>,
     open: Family<Labels, Gauge>,
-    pub(crate) pool_hit: Counter,
-    pub(crate) pool_miss: Counter,
+    pub(crate) pool: pool::Counts,
     pub(crate) pool_objects: Gauge,
     pub(crate) pool_held_bytes: Gauge,
     pub(crate) cache_hit: Counter,
     pub(crate) cache_miss: Counter,
     pub(crate) cache_entries: Gauge,
     pub(crate) cache_bytes: Gauge,
+    pub(crate) evictions: Evictions,
+    pub(crate) results: results::Counts,
+    /// What bounds this process's memory.
+    pub(crate) cgroup: Cgroup,
     pub(crate) components: [Component; 5],
     pub(crate) monitor_cpu: Counter<f64, std::sync::atomic::AtomicU64>,
     /// Queries by who asked.
@@ -244,7 +269,7 @@ impl Metrics {
                 .collect::<Vec<_>>()
         };
 
-        let outcomes = Verdict::ALL.map(|(_, name)| name);
+        let outcomes = Verdict::ALL.map(Verdict::as_str);
         let queries = counters(own, "queries", "Queries by how they ended", "outcome", &outcomes);
         let queries = std::array::from_fn(|i| queries[i].clone());
         let query_duration = histogram();
@@ -272,8 +297,18 @@ impl Metrics {
         let open = Family::default();
         own.register("upstream_connections_open", "Connections to experts that are open", open.clone());
 
-        let pool =
+        let acquired =
             counters(own, "pool_acquired", "Buffers taken, from the pool or new", "result", &["hit", "miss"]);
+        let results = ["kept", "dropped_full", "dropped_large"];
+        let released =
+            counters(own, "pool_released", "Buffers given back, kept or freed", "result", &results);
+        let pool = pool::Counts {
+            hit: acquired[0].clone(),
+            miss: acquired[1].clone(),
+            kept: released[0].clone(),
+            full: released[1].clone(),
+            large: released[2].clone(),
+        };
         let pool_objects = Gauge::default();
         own.register("pool_objects", "Buffers that wait in the pool", pool_objects.clone());
         let pool_held_bytes = Gauge::default();
@@ -284,6 +319,24 @@ impl Metrics {
         own.register("cache_entries", "Answers in the cache", cache_entries.clone());
         let cache_bytes = Gauge::default();
         own.register("cache_bytes", "Bytes of the cache, book-keeping included", cache_bytes.clone());
+        let reasons = ["ttl", "capacity", "pressure"];
+        let evicted = counters(own, "cache_evictions", "Answers dropped from the cache", "reason", &reasons);
+        let evictions =
+            Evictions { ttl: evicted[0].clone(), capacity: evicted[1].clone(), pressure: evicted[2].clone() };
+        let cgroup = Cgroup::of_this_process();
+        own.register_collector(Box::new(Pressure(cgroup.clone())));
+
+        let kinds = ["sent", "lost", "dropped"];
+        let handed = counters(own, "results", "Results by what became of them", "result", &kinds);
+        let results = results::Counts {
+            sent: handed[0].clone(),
+            lost: handed[1].clone(),
+            dropped: handed[2].clone(),
+            ..results::Counts::default()
+        };
+        own.register("results_pending", "Results that wait for the collector", results.pending.clone());
+        let help = "Batches of results that were refused and split";
+        own.register("batch_splits", help, results.splits.clone());
 
         let points = counters(own, "monitor_points", "Points recorded", "component", &COMPONENTS);
         let probes = counters(own, "monitor_probes", "Values read", "component", &COMPONENTS);
@@ -320,14 +373,16 @@ impl Metrics {
             acquire,
             opened,
             open,
-            pool_hit: pool[0].clone(),
-            pool_miss: pool[1].clone(),
+            pool,
             pool_objects,
             pool_held_bytes,
             cache_hit: cache[0].clone(),
             cache_miss: cache[1].clone(),
             cache_entries,
             cache_bytes,
+            evictions,
+            results,
+            cgroup,
             components,
             monitor_cpu,
             requesters,
@@ -415,7 +470,7 @@ impl Collector for Requesters {
         let help = "Queries by who asked and how they ended";
         let mut all = to.encode_descriptor(REQUESTERS, help, None, MetricType::Counter)?;
         for (requester, outcome, count) in &series {
-            let labels = [("requester", &**requester), ("outcome", Verdict::ALL[*outcome].1)];
+            let labels = [("requester", &**requester), ("outcome", Verdict::ALL[*outcome].as_str())];
             ConstCounter::new(*count).encode(all.encode_family(&labels)?)?;
         }
         let (now, most) = self.0.size();
@@ -426,6 +481,28 @@ impl Collector for Requesters {
         ] {
             let mut family = to.encode_descriptor(name, help, None, MetricType::Gauge)?;
             ConstGauge::new(value as i64).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// How close the container is to its memory limit.
+#[derive(Debug)]
+struct Pressure(Cgroup);
+
+impl Collector for Pressure {
+    fn encode(&self, mut to: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let Some(reading) = self.0.read() else { return Ok(()) };
+        let mut gauge = |name: &str, help: &str, value: f64| {
+            let gauge = ConstGauge::new(value);
+            gauge.encode(to.encode_descriptor(name, help, None, gauge.metric_type())?)
+        };
+        if let Some(limit) = reading.limit {
+            gauge("memory_limit_bytes", "Memory limit of the container", limit as f64)?;
+            gauge("memory_pressure_ratio", "Share of that limit in use", reading.ratio())?;
+        }
+        if let Some(stall) = reading.stall {
+            gauge("memory_stall_ratio", "Share of ten seconds in which a thread waited for memory", stall)?;
         }
         Ok(())
     }

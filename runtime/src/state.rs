@@ -21,7 +21,9 @@ use crate::{
     config::{self, Config},
     connections::{self, Address, Limits, Route},
     metrics::{Metrics, Service},
-    pool::{Buffer, BufferPool},
+    pool::{self, Buffer, BufferPool},
+    pressure::Reading,
+    results::{Collector, Results},
 };
 
 /// A configuration in force, with all that belongs to it.
@@ -35,12 +37,40 @@ pub(crate) struct Snapshot {
     /// Absent: the baseline path.
     pub(crate) buffers: Option<Arc<BufferPool>>,
     pub(crate) cache: Arc<Cache>,
+    /// Absent: nobody collects results.
+    pub(crate) collector: Option<Arc<Collector>>,
 }
 
 impl Snapshot {
     /// An empty buffer, from the pool where there is one.
     pub(crate) fn buffer(&self) -> Buffer {
         self.buffers.as_ref().map(BufferPool::take).unwrap_or_default()
+    }
+
+    /// Gives memory back if the container is short of it; says whether it was.
+    fn relieve(&self, reading: &Reading, now: Instant) -> bool {
+        let evict = &self.config.optimizations.memory.evict;
+        let stall = reading.stall.unwrap_or(0.0);
+        let short = reading.ratio() >= evict.threshold || (reading.limit.is_some() && stall >= evict.stall);
+        if short {
+            self.cache.evict(evict.fraction, now);
+            if let Some(buffers) = &self.buffers {
+                buffers.drain();
+            }
+            let (entries, _) = self.cache.size();
+            tracing::warn!(
+                ratio = reading.ratio(),
+                stall,
+                entries,
+                "memory is short: part of the cache is gone"
+            );
+        }
+        short
+    }
+
+    /// Every way to another service.
+    fn routes(&self) -> impl Iterator<Item = &Route> {
+        self.experts.iter().map(|expert| &expert.route).chain(self.collector.iter().map(|c| &c.route))
     }
 }
 
@@ -87,6 +117,7 @@ pub(crate) struct Runtime {
     /// One configuration at a time.
     applying: Mutex<()>,
     pub(crate) metrics: Metrics,
+    pub(crate) results: Results,
     /// Queries being served.
     pub(crate) inflight: AtomicUsize,
     pub(crate) draining: AtomicBool,
@@ -114,6 +145,7 @@ impl Runtime {
             changed: watch::Sender::new(1),
             rejected: Mutex::default(),
             applying: Mutex::default(),
+            results: Results::new(metrics.results.clone()),
             metrics,
             inflight: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
@@ -163,11 +195,15 @@ impl Runtime {
                 self.metrics.configured(&hash, Some(&old.config), &snapshot.config);
                 self.current.store(snapshot.clone());
                 *self.rejected.lock().unwrap_or_else(PoisonError::into_inner) = None;
-                for expert in &old.experts {
-                    let pool = &expert.route.pool;
-                    if !snapshot.experts.iter().any(|new| Arc::ptr_eq(&new.route.pool, pool)) {
+                for Route { pool, .. } in old.routes() {
+                    if !snapshot.routes().any(|new| Arc::ptr_eq(&new.pool, pool)) {
                         pool.retire();
                     }
+                }
+                if let Some(buffers) = &old.buffers
+                    && !snapshot.buffers.as_ref().is_some_and(|new| Arc::ptr_eq(new, buffers))
+                {
+                    buffers.retire();
                 }
                 self.metrics.reload_applied.inc();
                 self.changed.send_replace(snapshot.generation);
@@ -190,20 +226,28 @@ impl Runtime {
     /// Closes, frees and forgets what is too old, once a second.
     pub(crate) async fn housekeep(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
         let mut tick = tokio::time::interval(Duration::from_secs(1));
-        let mut ticks = 0_u64;
+        let (mut trimmed, mut evicted) = (Instant::now(), None::<Instant>);
         while !*stop.borrow() {
             tokio::select! {
                 _ = tick.tick() => {}
                 _ = stop.changed() => return,
             }
-            ticks += 1;
-            let snapshot = self.snapshot();
-            for expert in &snapshot.experts {
-                expert.route.pool.sweep();
-            }
-            snapshot.cache.sweep(Instant::now());
-            if let Some(buffers) = snapshot.buffers.as_ref().filter(|_| ticks.is_multiple_of(30)) {
+            let (snapshot, now) = (self.snapshot(), Instant::now());
+            snapshot.routes().for_each(|route| route.pool.sweep());
+            snapshot.cache.sweep(now);
+            let memory = &snapshot.config.optimizations.memory;
+            if let Some(buffers) = &snapshot.buffers
+                && now.duration_since(trimmed) >= memory.object_pool.trim_every
+            {
                 buffers.trim();
+                trimmed = now;
+            }
+            let rested = evicted.is_none_or(|last| now.duration_since(last) >= memory.evict.cooldown);
+            if memory.evict.enabled
+                && rested
+                && self.metrics.cgroup.read().is_some_and(|reading| snapshot.relieve(&reading, now))
+            {
+                evicted = Some(now);
             }
         }
     }
@@ -247,8 +291,12 @@ fn build(
     let buffers = pool.enabled.then(|| {
         let kept = old.filter(|old| old.config.optimizations.memory.object_pool == *pool);
         kept.and_then(|old| old.buffers.clone()).unwrap_or_else(|| {
-            let (hit, miss) = (metrics.pool_hit.clone(), metrics.pool_miss.clone());
-            Arc::new(BufferPool::new(pool.max_objects as usize, size(pool.retain_max), hit, miss))
+            let bounds = pool::Bounds {
+                max_objects: pool.max_objects as usize,
+                max_bytes: size(pool.max_bytes),
+                retain_max: size(pool.retain_max),
+            };
+            Arc::new(BufferPool::new(&bounds, metrics.pool.clone()))
         })
     });
 
@@ -265,13 +313,14 @@ fn build(
         },
     };
     let cache = old.map(|old| &old.cache).filter(|cache| cache.bounds == bounds).cloned();
-    let cache = cache.unwrap_or_else(|| Arc::new(Cache::new(bounds)));
+    let cache = cache.unwrap_or_else(|| Arc::new(Cache::new(bounds, metrics.evictions.clone())));
 
-    let mut uris = Vec::with_capacity(config.experts.len());
+    let mut uris = Vec::with_capacity(config.experts.len() + 1);
     for (i, expert) in config.experts.iter().enumerate() {
-        uris.push(Upstream::of(expert).ok_or_else(|| {
-            config::Error::one(format!("experts[{i}].url"), format!("{:?} is not a URL", expert.url))
-        })?);
+        uris.push(Upstream::of(&format!("experts[{i}].url"), &expert.url)?);
+    }
+    if let Some(results) = &config.results {
+        uris.push(Upstream::of("results.url", &results.url)?);
     }
     let unified = &config.optimizations.connections.unified;
     let limits = match unified.enabled {
@@ -290,18 +339,20 @@ fn build(
     };
     let kept = old.filter(|old| {
         old.config.experts == config.experts
+            && old.config.results == config.results
             && old.config.optimizations.connections.unified.enabled == unified.enabled
             && old.experts.first().is_some_and(|expert| *expert.route.pool.limits() == limits)
     });
     let routes = match kept {
-        Some(old) => old.experts.iter().map(|expert| expert.route.clone()).collect(),
+        Some(old) => old.routes().cloned().collect(),
         None => {
             let addresses: Vec<Address> = uris.iter().map(|u| u.address.clone()).collect();
             connections::routes(&limits, unified.enabled, &addresses)
         }
     };
 
-    let experts = config.experts.iter().zip(uris).zip(routes).map(|((expert, upstream), route)| {
+    let mut upstreams = uris.into_iter().zip(routes);
+    let experts = config.experts.iter().zip(&mut upstreams).map(|(expert, (upstream, route))| {
         Arc::new(Expert {
             config: expert.clone(),
             path: upstream.path,
@@ -312,14 +363,25 @@ fn build(
         })
     });
     let experts = experts.collect();
-    Ok(Snapshot { hash, generation, experts, buffers, cache, config })
+    let collector = config.results.as_ref().zip(upstreams.next()).map(|(results, (upstream, route))| {
+        let limit = &config.optimizations.memory.batch_limit;
+        Arc::new(Collector {
+            config: results.clone(),
+            path: upstream.path,
+            host: upstream.host,
+            route,
+            metrics: Service::default(),
+            limit: limit.enabled.then(|| limit.clone()),
+        })
+    });
+    Ok(Snapshot { hash, generation, experts, buffers, cache, collector, config })
 }
 
 fn size(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
-/// Where an expert's URL leads.
+/// Where a URL leads.
 struct Upstream {
     address: Address,
     path: Uri,
@@ -327,15 +389,51 @@ struct Upstream {
 }
 
 impl Upstream {
-    /// `None` for what is no URL, which [`Config::parse`] refuses already.
-    fn of(expert: &config::Expert) -> Option<Self> {
-        let uri: Uri = expert.url.parse().ok()?;
-        let authority = uri.authority()?;
-        let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
-        Some(Self {
-            address: Address { host, port: authority.port_u16().unwrap_or(80) },
-            path: uri.path_and_query()?.as_str().parse().ok()?,
-            host: HeaderValue::from_str(authority.as_str()).ok()?,
-        })
+    /// Fails for what is no URL, which [`Config::parse`] refuses already.
+    fn of(field: &str, url: &str) -> Result<Self, config::Error> {
+        let parse = || {
+            let uri: Uri = url.parse().ok()?;
+            let authority = uri.authority()?;
+            let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
+            Some(Self {
+                address: Address { host, port: authority.port_u16().unwrap_or(80) },
+                path: uri.path_and_query()?.as_str().parse().ok()?,
+                host: HeaderValue::from_str(authority.as_str()).ok()?,
+            })
+        };
+        parse().ok_or_else(|| config::Error::one(field, format!("{url:?} is not a URL")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_given_back_when_the_container_is_short_of_it() {
+        let file =
+            "experts: [{name: a, url: \"http://a\"}]\noptimizations: {memory: {objectPool: {enabled: true}}}";
+        for (used, limit, stall, short) in [
+            (79, Some(100), None, false),
+            (80, Some(100), None, true),
+            (u64::MAX, None, None, false),
+            (10, Some(100), Some(0.2), true),
+            (10, Some(100), Some(0.19), false),
+            // Others on the machine are short of memory, but nothing here is to blame.
+            (10, None, Some(1.0), false),
+            (5, Some(0), None, true),
+        ] {
+            let runtime = Runtime::new(file.as_bytes(), "test", None).expect("valid");
+            let (snapshot, now) = (runtime.snapshot(), Instant::now());
+            for i in 0..10 {
+                let answer: Box<serde_json::value::RawValue> = serde_json::from_str("1").expect("valid");
+                let key = cache::Key { expert: "a".into(), body: [i; 32] };
+                snapshot.cache.put(key, answer.into(), now);
+            }
+            snapshot.buffer().push(1);
+            assert_eq!(snapshot.relieve(&Reading { used, limit, stall }, now), short);
+            let left = (snapshot.cache.size().0, snapshot.buffers.as_ref().map(|b| b.size().0));
+            assert_eq!(left, if short { (8, Some(0)) } else { (10, Some(1)) }, "{used} of {limit:?}");
+        }
     }
 }
