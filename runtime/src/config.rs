@@ -74,6 +74,9 @@ pub struct Config {
     /// What "off" means.
     #[serde(default)]
     pub baseline: Baseline,
+    /// Trust in services whose URL begins with `https`.
+    #[serde(default)]
+    pub tls: Tls,
 }
 
 /// Ports and limits of the service itself.
@@ -317,7 +320,7 @@ pub struct Connections {
 pub struct Unified {
     /// Off: each expert has a pool of its own, as `baseline` says.
     pub enabled: bool,
-    /// Connections to one host and port at most, 1 to 10,000. One connection carries one request at a time.
+    /// Connections to one host and port at most, 1 to 10,000. An HTTP/1.1 connection carries one request at a time.
     pub per_host: u32,
     /// Connections to all hosts at most, `perHost` to 100,000.
     pub total: u32,
@@ -327,6 +330,33 @@ pub struct Unified {
     /// How long a request waits for a connection before it fails as `busy`; above zero.
     #[serde(with = "units::duration")]
     pub acquire_timeout: Duration,
+    /// Who uses the pool: names of experts, `results` for the collector, or `*` for all. The others, and the requests
+    /// above `percent`, go on as the baseline does, so that services can be moved one by one.
+    pub services: Vec<String>,
+    /// Share of those services' requests that use the pool, 0 to 100.
+    pub percent: u32,
+    /// Whether connections carry many requests at once.
+    pub http2: Http2,
+    /// How long a name's addresses are remembered, 0s to 5m. The system tells no time to live of its own; cluster
+    /// DNS says 30 s.
+    #[serde(with = "units::duration")]
+    pub dns_ttl: Duration,
+    /// Age after which a connection is given no more requests, so that traffic follows the experts' pods; above zero.
+    #[serde(with = "units::duration")]
+    pub max_age: Duration,
+}
+
+/// Whether connections carry many requests at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Http2 {
+    /// Where TLS agrees on it.
+    #[default]
+    Auto,
+    /// Also without TLS: every service must speak it.
+    PriorKnowledge,
+    /// HTTP/1.1 only.
+    Never,
 }
 
 impl Default for Unified {
@@ -337,6 +367,11 @@ impl Default for Unified {
             total: 100,
             keep_alive: Duration::from_secs(30),
             acquire_timeout: Duration::from_secs(1),
+            services: vec!["*".to_owned()],
+            percent: 100,
+            http2: Http2::default(),
+            dns_ttl: Duration::from_secs(30),
+            max_age: Duration::from_secs(300),
         }
     }
 }
@@ -489,6 +524,15 @@ impl Default for Baseline {
     }
 }
 
+/// Trust in services whose URL begins with `https`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Tls {
+    /// A PEM file of authorities to trust besides the public ones. Read when a connection pool is made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<String>,
+}
+
 fn one_second() -> Duration {
     Duration::from_secs(1)
 }
@@ -604,6 +648,19 @@ impl Config {
         }
         check.positive("optimizations.connections.unified.keepAlive", unified.keep_alive);
         check.positive("optimizations.connections.unified.acquireTimeout", unified.acquire_timeout);
+        for (i, service) in unified.services.iter().enumerate() {
+            let known = matches!(service.as_str(), "*" | "results")
+                || self.experts.iter().any(|e| e.name == *service);
+            if !known {
+                check.fail(
+                    format!("optimizations.connections.unified.services[{i}]"),
+                    format!("{service:?} is no service; write names of experts, results, or \"*\" for all"),
+                );
+            }
+        }
+        check.range("optimizations.connections.unified.percent", unified.percent, 0, 100);
+        check.at_most("optimizations.connections.unified.dnsTtl", unified.dns_ttl, Duration::from_secs(300));
+        check.positive("optimizations.connections.unified.maxAge", unified.max_age);
 
         let monitoring = &self.optimizations.monitoring;
         check.sampling(&monitoring.adaptive_sampling);
@@ -753,11 +810,8 @@ fn check_url(url: &str) -> Result<(), String> {
             "the URL holds a user name or password, which would be shown in logs; leave it out".to_owned()
         );
     }
-    let example = "write http://host[:port][/path]";
-    if url.starts_with("https://") {
-        return Err(format!("{url:?}: https is not supported yet; {example}, or put a TLS proxy in between"));
-    }
-    let Some(rest) = url.strip_prefix("http://") else {
+    let example = "write http://host[:port][/path], or https";
+    let Some(rest) = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://")) else {
         return Err(format!("{url:?} is not an HTTP URL; {example}"));
     };
     if url.len() > 2048 {
@@ -834,12 +888,14 @@ mod tests {
                 cacheTtl: {enabled: true, ttl: 30m, maxEntries: 500, memoryLimit: 64MiB}
                 evict: {enabled: true, threshold: 0.8, stall: 0.2, fraction: 0.2, cooldown: 10s}
                 batchLimit: {enabled: true, maxItems: 100, maxBytes: 1MiB}
-              connections: {unified: {enabled: true, perHost: 30, total: 100, keepAlive: 30s, acquireTimeout: 1s}}
+              connections:
+                unified: {enabled: true, perHost: 30, total: 100, keepAlive: 30s, acquireTimeout: 1s, services: [alpha, results], percent: 50, http2: priorKnowledge, dnsTtl: 30s, maxAge: 5m}
               monitoring:
                 adaptiveSampling: {enabled: true, base: 5s, min: 1s, probeMax: 15s, heartbeat: 240s, overrides: {memory: {base: 10s, threshold: 0.02}, disk: {probeMax: 60s}}}
                 preAggregation: {enabled: true, window: 60s}
                 cardinalityLimit: {enabled: true, maxSeries: 1000}
-            baseline: {perHost: 10, keepAlive: 15s, cacheTtl: 4h, sampleInterval: 5s}"#;
+            baseline: {perHost: 10, keepAlive: 15s, cacheTtl: 4h, sampleInterval: 5s}
+            tls: {caFile: /etc/synthex/ca.pem}"#;
         let config = Config::parse(file.as_bytes()).expect("valid");
         assert!(config.optimizations.memory.cache_ttl.enabled);
         let again = serde_saphyr::to_string(&config).expect("writable");
@@ -883,7 +939,6 @@ mod tests {
             (expert("url: \"http://a\""), vec!["experts[0]", "name"]),
             (expert("name: Alpha, url: \"http://a\""), vec!["experts[0].name", "lower-case"]),
             (expert("name: alpha, kind: mcp, url: \"http://a\""), vec!["experts[0].kind", "mcp", "http"]),
-            (expert("name: alpha, url: \"https://a\""), vec!["experts[0].url", "https is not supported"]),
             (expert("name: alpha, url: \"ftp://a\""), vec!["experts[0].url", "not an HTTP URL"]),
             (expert("name: alpha, url: \"http://\""), vec!["experts[0].url", "no host"]),
             (expert("name: alpha, url: \"http://a:0\""), vec!["experts[0].url", "port"]),
@@ -927,6 +982,14 @@ mod tests {
             (optimizations("{connections: {unified: {perHost: 0}}}"), vec!["unified.perHost"]),
             (optimizations("{connections: {unified: {perHost: 200}}}"), vec!["unified.total", "200"]),
             (optimizations("{connections: {unified: {acquireTimeout: 0s}}}"), vec!["unified.acquireTimeout"]),
+            (
+                optimizations("{connections: {unified: {services: [beta]}}}"),
+                vec!["unified.services[0]", "beta", "names of experts"],
+            ),
+            (optimizations("{connections: {unified: {percent: 101}}}"), vec!["unified.percent", "0 to 100"]),
+            (optimizations("{connections: {unified: {http2: always}}}"), vec!["http2", "priorKnowledge"]),
+            (optimizations("{connections: {unified: {dnsTtl: 1h}}}"), vec!["unified.dnsTtl", "5m"]),
+            (optimizations("{connections: {unified: {maxAge: 0s}}}"), vec!["unified.maxAge"]),
             (
                 optimizations("{monitoring: {adaptiveSampling: {min: 1ms}}}"),
                 vec!["adaptiveSampling.min", "100ms"],

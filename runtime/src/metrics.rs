@@ -100,6 +100,19 @@ impl Verdict {
     }
 }
 
+/// Whose pool a call's connection came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Manager {
+    /// The expert's own.
+    Own,
+    /// The one for all.
+    Unified,
+}
+
+/// Whose pool, and whether the connection was open already.
+const ACQUIRED: [(&str, &str); 4] =
+    [("own", "false"), ("own", "true"), ("unified", "false"), ("unified", "true")];
+
 /// The components that the monitor watches.
 pub(crate) const COMPONENTS: [&str; 5] = ["memory", "cpu", "disk", "network", "upstream"];
 
@@ -190,8 +203,10 @@ pub(crate) struct Service {
     requests: [Counter; 6],
     pub(crate) duration: Latency,
     pub(crate) acquire: Histogram,
+    acquired: [Counter; 4],
     pub(crate) opened: Counter,
     pub(crate) open: Gauge,
+    pub(crate) lookups: Counter,
 }
 
 impl Default for Service {
@@ -200,13 +215,20 @@ impl Default for Service {
             requests: Default::default(),
             duration: Latency::default(),
             acquire: acquire_histogram(),
+            acquired: Default::default(),
             opened: Counter::default(),
             open: Gauge::default(),
+            lookups: Counter::default(),
         }
     }
 }
 
 impl Service {
+    /// Counts a connection that a call has got.
+    pub(crate) fn acquired(&self, manager: Manager, reused: bool) {
+        self.acquired[2 * usize::from(manager == Manager::Unified) + usize::from(reused)].inc();
+    }
+
     pub(crate) fn count(&self, outcome: Outcome) {
         self.requests[outcome as usize].inc();
     }
@@ -229,8 +251,10 @@ pub(crate) struct Metrics {
     requests: Family<Labels, Counter>,
     duration: Family<Labels, Latency>,
     acquire: Family<Labels, Histogram, fn() -> Histogram>,
+    acquired: Family<Labels, Counter>,
     opened: Family<Labels, Counter>,
     open: Family<Labels, Gauge>,
+    lookups: Family<Labels, Counter>,
     pub(crate) pool: pool::Counts,
     pub(crate) pool_objects: Gauge,
     pub(crate) pool_held_bytes: Gauge,
@@ -292,19 +316,25 @@ impl Metrics {
         let acquire = Family::new_with_constructor(acquire_histogram as fn() -> Histogram);
         let help = "Time until a call had a connection: waiting, name look-up and connecting";
         own.register("upstream_acquire_seconds", help, acquire.clone());
+        let acquired = Family::default();
+        let help =
+            "Connections that calls got, by whose pool they came from and whether they were open already";
+        own.register("upstream_acquired", help, acquired.clone());
         let opened = Family::default();
         own.register("upstream_connections_opened", "Connections opened to experts", opened.clone());
         let open = Family::default();
         own.register("upstream_connections_open", "Connections to experts that are open", open.clone());
+        let lookups = Family::default();
+        own.register("upstream_lookups", "Times that the system was asked for addresses", lookups.clone());
 
-        let acquired =
+        let taken =
             counters(own, "pool_acquired", "Buffers taken, from the pool or new", "result", &["hit", "miss"]);
         let results = ["kept", "dropped_full", "dropped_large"];
         let released =
             counters(own, "pool_released", "Buffers given back, kept or freed", "result", &results);
         let pool = pool::Counts {
-            hit: acquired[0].clone(),
-            miss: acquired[1].clone(),
+            hit: taken[0].clone(),
+            miss: taken[1].clone(),
             kept: released[0].clone(),
             full: released[1].clone(),
             large: released[2].clone(),
@@ -371,8 +401,10 @@ impl Metrics {
             requests,
             duration,
             acquire,
+            acquired,
             opened,
             open,
+            lookups,
             pool,
             pool_objects,
             pool_held_bytes,
@@ -416,8 +448,10 @@ impl Metrics {
             }),
             duration: self.duration.get_or_create_owned(&labels),
             acquire: self.acquire.get_or_create_owned(&labels),
+            acquired: ACQUIRED.map(|kind| self.acquired.get_or_create_owned(&acquired(name, kind))),
             opened: self.opened.get_or_create_owned(&labels),
             open: self.open.get_or_create_owned(&labels),
+            lookups: self.lookups.get_or_create_owned(&labels),
         }
     }
 
@@ -442,8 +476,12 @@ impl Metrics {
             }
             self.duration.remove(&labels);
             self.acquire.remove(&labels);
+            for kind in ACQUIRED {
+                self.acquired.remove(&acquired(&expert.name, kind));
+            }
             self.opened.remove(&labels);
             self.open.remove(&labels);
+            self.lookups.remove(&labels);
         }
     }
 
@@ -456,6 +494,10 @@ impl Metrics {
         }
         text
     }
+}
+
+fn acquired(service: &str, (manager, reused): (&str, &str)) -> Labels {
+    vec![("service", service.to_owned()), ("manager", manager.to_owned()), ("reused", reused.to_owned())]
 }
 
 const REQUESTERS: &str = "requester_queries";

@@ -4,6 +4,7 @@
 //! the parts that it leaves as they are; the parts that it replaces live on until the last query that holds them ends.
 
 use std::{
+    collections::HashSet,
     net::SocketAddr,
     sync::{
         Arc, Mutex, PoisonError,
@@ -19,7 +20,7 @@ use tokio::sync::watch;
 use crate::{
     cache::{self, Bounds, Cache},
     config::{self, Config},
-    connections::{self, Address, Limits, Route},
+    connections::{self, Address, Pool, Route, Target},
     metrics::{Metrics, Service},
     pool::{self, Buffer, BufferPool},
     pressure::Reading,
@@ -71,6 +72,11 @@ impl Snapshot {
     /// Every way to another service.
     fn routes(&self) -> impl Iterator<Item = &Route> {
         self.experts.iter().map(|expert| &expert.route).chain(self.collector.iter().map(|c| &c.route))
+    }
+
+    /// The pools of all ways; one that several share comes several times.
+    fn pools(&self) -> impl Iterator<Item = &Arc<Pool>> {
+        self.routes().flat_map(Route::pools)
     }
 }
 
@@ -195,8 +201,8 @@ impl Runtime {
                 self.metrics.configured(&hash, Some(&old.config), &snapshot.config);
                 self.current.store(snapshot.clone());
                 *self.rejected.lock().unwrap_or_else(PoisonError::into_inner) = None;
-                for Route { pool, .. } in old.routes() {
-                    if !snapshot.routes().any(|new| Arc::ptr_eq(&new.pool, pool)) {
+                for pool in old.pools() {
+                    if !snapshot.pools().any(|new| Arc::ptr_eq(new, pool)) {
                         pool.retire();
                     }
                 }
@@ -233,7 +239,10 @@ impl Runtime {
                 _ = stop.changed() => return,
             }
             let (snapshot, now) = (self.snapshot(), Instant::now());
-            snapshot.routes().for_each(|route| route.pool.sweep());
+            let mut swept = HashSet::new();
+            for pool in snapshot.pools().filter(|pool| swept.insert(Arc::as_ptr(pool))) {
+                pool.sweep();
+            }
             snapshot.cache.sweep(now);
             let memory = &snapshot.config.optimizations.memory;
             if let Some(buffers) = &snapshot.buffers
@@ -322,34 +331,13 @@ fn build(
     if let Some(results) = &config.results {
         uris.push(Upstream::of("results.url", &results.url)?);
     }
-    let unified = &config.optimizations.connections.unified;
-    let limits = match unified.enabled {
-        true => Limits {
-            per_host: unified.per_host as usize,
-            total: Some(unified.total as usize),
-            keep_alive: unified.keep_alive,
-            acquire_timeout: Some(unified.acquire_timeout),
-        },
-        false => Limits {
-            per_host: config.baseline.per_host as usize,
-            total: None,
-            keep_alive: config.baseline.keep_alive,
-            acquire_timeout: None,
-        },
-    };
-    let kept = old.filter(|old| {
-        old.config.experts == config.experts
-            && old.config.results == config.results
-            && old.config.optimizations.connections.unified.enabled == unified.enabled
-            && old.experts.first().is_some_and(|expert| *expert.route.pool.limits() == limits)
-    });
-    let routes = match kept {
-        Some(old) => old.routes().cloned().collect(),
-        None => {
-            let addresses: Vec<Address> = uris.iter().map(|u| u.address.clone()).collect();
-            connections::routes(&limits, unified.enabled, &addresses)
-        }
-    };
+    let names = config.experts.iter().map(|expert| expert.name.as_str()).chain(["results"]);
+    let targets: Vec<Target> = names
+        .zip(&uris)
+        .map(|(name, upstream)| Target { name: name.to_owned(), address: upstream.address.clone() })
+        .collect();
+    let known: Vec<&Route> = old.into_iter().flat_map(Snapshot::routes).collect();
+    let routes = connections::routes(&config, &targets, &known)?;
 
     let mut upstreams = uris.into_iter().zip(routes);
     let experts = config.experts.iter().zip(&mut upstreams).map(|(expert, (upstream, route))| {
@@ -395,8 +383,10 @@ impl Upstream {
             let uri: Uri = url.parse().ok()?;
             let authority = uri.authority()?;
             let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
+            let tls = uri.scheme_str() == Some("https");
+            let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
             Some(Self {
-                address: Address { host, port: authority.port_u16().unwrap_or(80) },
+                address: Address { host, port, tls },
                 path: uri.path_and_query()?.as_str().parse().ok()?,
                 host: HeaderValue::from_str(authority.as_str()).ok()?,
             })
