@@ -6,18 +6,20 @@
 
 use std::{
     error::Error as _,
+    pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::{
-    Request, Response, StatusCode,
-    body::{Body, Incoming},
+    HeaderMap, Request, Response, StatusCode,
+    body::{Body, Frame, Incoming, SizeHint},
     client::conn::http1::{self, SendRequest},
     header::CONTENT_LENGTH,
 };
@@ -125,6 +127,7 @@ impl Drop for Open {
 }
 
 /// The right to one connection, and the connection.
+#[derive(Debug)]
 struct Lease {
     connection: Idle,
     reused: bool,
@@ -277,11 +280,56 @@ pub(crate) struct Route {
     host: usize,
 }
 
-/// An answer's head, and what became of its body.
+/// An answer, whole in memory.
 pub(crate) struct Answer {
     pub(crate) status: StatusCode,
-    /// Empty unless the status is a success.
+    #[allow(dead_code, reason = "streamed answers use it")]
+    pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
+}
+
+/// An answer's body on its way, at the pace at which it is read. Read to its end it puts the connection back;
+/// dropped before, it closes the connection, which is how an expert learns that nobody waits any more.
+#[allow(dead_code, reason = "streamed answers use it")]
+#[derive(Debug)]
+pub(crate) struct Arriving {
+    body: Incoming,
+    /// Absent when the body is at its end.
+    lease: Option<(Route, Lease)>,
+}
+
+#[allow(dead_code, reason = "streamed answers use it")]
+impl Arriving {
+    fn settle(&mut self) {
+        if self.body.is_end_stream()
+            && let Some((route, lease)) = self.lease.take()
+        {
+            route.pool.release(route.host, lease);
+        }
+    }
+}
+
+impl Body for Arriving {
+    type Data = Bytes;
+    type Error = Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        // The end is often known with the last piece already, and nobody asks for more then.
+        self.settle();
+        Poll::Ready(frame.map(|frame| frame.map_err(|error| Error::Broken(cause(error)))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 impl Route {
@@ -289,9 +337,35 @@ impl Route {
     /// nobody reads to its end blocks it.
     pub(crate) async fn send(
         &self,
-        mut request: Request<Full<Bytes>>,
+        request: Request<Full<Bytes>>,
         service: &Service,
     ) -> Result<Answer, Error> {
+        let (response, lease) = self.exchange(request, service).await?;
+        let answer = read(response).await?;
+        self.pool.release(self.host, lease);
+        Ok(answer)
+    }
+
+    /// Sends a request and gives the answer as soon as its head is there.
+    #[allow(dead_code, reason = "streamed answers use it")]
+    pub(crate) async fn open(
+        &self,
+        request: Request<Full<Bytes>>,
+        service: &Service,
+    ) -> Result<Response<Arriving>, Error> {
+        let (response, lease) = self.exchange(request, service).await?;
+        Ok(response.map(|body| {
+            let mut arriving = Arriving { body, lease: Some((self.clone(), lease)) };
+            arriving.settle();
+            arriving
+        }))
+    }
+
+    async fn exchange(
+        &self,
+        mut request: Request<Full<Bytes>>,
+        service: &Service,
+    ) -> Result<(Response<Incoming>, Lease), Error> {
         let mut fresh = false;
         loop {
             let started = Instant::now();
@@ -299,11 +373,7 @@ impl Route {
             service.acquire.observe(started.elapsed().as_secs_f64());
             let mut lease = lease?;
             match lease.connection.sender.try_send_request(request).await {
-                Ok(response) => {
-                    let answer = read(response).await?;
-                    self.pool.release(self.host, lease);
-                    return Ok(answer);
-                }
+                Ok(response) => return Ok((response, lease)),
                 Err(mut error) => match error.take_message() {
                     // The expert closed an idle connection before anything was sent on it: not the request's fault,
                     // and safe to send elsewhere, once.
@@ -356,7 +426,7 @@ async fn read(response: Response<Incoming>) -> Result<Answer, Error> {
         }
     }
     let body = if whole.is_empty() { first } else { Bytes::from(whole) };
-    Ok(Answer { status: head.status, body })
+    Ok(Answer { status: head.status, headers: head.headers, body })
 }
 
 /// The pools for a list of experts, and each expert's way into them, in the order of `addresses`: one pool for all,
@@ -443,6 +513,22 @@ mod tests {
             routes[0].send(request(), &service).await.expect("answered");
             assert_eq!(pool.open.load(Ordering::Relaxed), 0);
         }
+    }
+
+    #[tokio::test]
+    async fn a_body_puts_its_connection_back_at_its_end_only() {
+        let limits =
+            Limits { per_host: 4, total: None, keep_alive: Duration::from_secs(30), acquire_timeout: None };
+        let routes = routes(&limits, true, &mocks(1).await);
+        let service = Metrics::new(None).service("mock");
+        let idle = || routes[0].pool.hosts[0].lock().len();
+        let response = routes[0].open(request(), &service).await.expect("answered");
+        assert_eq!(idle(), 0, "the body is still on its way");
+        let whole = response.into_body().collect().await.expect("read").to_bytes();
+        assert!(whole.starts_with(b"{"));
+        assert_eq!(idle(), 1);
+        drop(routes[0].open(request(), &service).await.expect("answered"));
+        assert_eq!((idle(), service.opened.get()), (0, 1), "an answer that is not read to its end");
     }
 
     #[tokio::test]
