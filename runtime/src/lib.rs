@@ -4,8 +4,8 @@
 //! Without the `server` feature this crate is only [`config`]: what a configuration file may say, and its hash.
 //! That part must not touch a socket, a clock or a file, since the operator judges users' configuration with it.
 //!
-//! With it, from the client inwards: [`server`] (sockets) → `api` (HTTP) → `dispatch` (fan-out) → `cache`, `pool` and
-//! `connections` (the optimizations). `state` holds what is in force, `reload` replaces it, `monitoring` watches the
+//! With it, from the client inwards: [`server`] (sockets) → `api` (HTTP) → `dispatch` (fan-out) → `experts` (the
+//! upstream protocols) → `cache`, `pool` and `connections` (the optimizations). `state` holds what is in force, `reload` replaces it, `monitoring` watches the
 //! process, `metrics` counts. [`load`] is the other side: mock experts and a load generator.
 
 pub mod config;
@@ -18,6 +18,8 @@ mod cache;
 mod connections;
 #[cfg(feature = "server")]
 mod dispatch;
+#[cfg(feature = "server")]
+mod experts;
 #[cfg(feature = "server")]
 pub mod load;
 #[cfg(feature = "server")]
@@ -32,6 +34,8 @@ pub mod process;
 mod query;
 #[cfg(feature = "server")]
 mod reload;
+#[cfg(feature = "server")]
+mod secrets;
 #[cfg(feature = "server")]
 pub mod server;
 #[cfg(feature = "server")]

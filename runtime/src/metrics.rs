@@ -17,7 +17,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::config::Config;
+use crate::{config::Config, experts::breaker::State};
 
 /// Media type of [`Metrics::encode`]'s text.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -31,16 +31,19 @@ pub enum Outcome {
     Timeout,
     /// No connection could be made, or it broke.
     Connect,
-    /// The expert answered with a status outside 200 to 299.
+    /// The expert answered with a status outside 200 to 299, or that its tool failed.
     Status,
     /// No connection became free within the acquire time-out.
     Busy,
-    /// The answer was no JSON document, or larger than the limit.
+    /// The answer was no JSON document, or larger than the limit, or not what its protocol says.
     Invalid,
+    /// The expert was not asked, since its breaker is open.
+    Open,
 }
 
 impl Outcome {
-    const ALL: [Self; 6] = [Self::Ok, Self::Timeout, Self::Connect, Self::Status, Self::Busy, Self::Invalid];
+    const ALL: [Self; 7] =
+        [Self::Ok, Self::Timeout, Self::Connect, Self::Status, Self::Busy, Self::Invalid, Self::Open];
 
     /// The label value.
     pub fn as_str(self) -> &'static str {
@@ -51,6 +54,7 @@ impl Outcome {
             Self::Status => "status",
             Self::Busy => "busy",
             Self::Invalid => "invalid",
+            Self::Open => "open",
         }
     }
 }
@@ -85,6 +89,13 @@ pub(crate) const COMPONENTS: [&str; 4] = ["memory", "cpu", "disk", "network"];
 
 type Labels = Vec<(&'static str, String)>;
 
+/// `labels` and one more.
+fn with(labels: &Labels, name: &'static str, value: &str) -> Labels {
+    let mut labels = labels.clone();
+    labels.push((name, value.to_owned()));
+    labels
+}
+
 fn histogram() -> Histogram {
     Histogram::new([0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0])
 }
@@ -99,16 +110,30 @@ fn acquire_histogram() -> Histogram {
 /// The metrics of one expert.
 #[derive(Debug, Clone)]
 pub(crate) struct Service {
-    requests: [Counter; 6],
+    requests: [Counter; 7],
     pub(crate) duration: Histogram,
     pub(crate) acquire: Histogram,
     pub(crate) opened: Counter,
     pub(crate) open: Gauge,
+    pub(crate) retries: Counter,
+    pub(crate) breaker_opened: Counter,
+    breaker: [Gauge; 3],
 }
+
+/// The states of a breaker, and their label values.
+const BREAKER: [(State, &str); 3] =
+    [(State::Closed, "closed"), (State::Open, "open"), (State::HalfOpen, "half_open")];
 
 impl Service {
     pub(crate) fn count(&self, outcome: Outcome) {
         self.requests[outcome as usize].inc();
+    }
+
+    /// Shows the state of the expert's breaker.
+    pub(crate) fn breaker(&self, now: State) {
+        for (gauge, (state, _)) in self.breaker.iter().zip(BREAKER) {
+            gauge.set((state == now).into());
+        }
     }
 }
 
@@ -131,6 +156,9 @@ pub(crate) struct Metrics {
     acquire: Family<Labels, Histogram, fn() -> Histogram>,
     opened: Family<Labels, Counter>,
     open: Family<Labels, Gauge>,
+    retries: Family<Labels, Counter>,
+    breaker_opened: Family<Labels, Counter>,
+    breaker: Family<Labels, Gauge>,
     pub(crate) pool_hit: Counter,
     pub(crate) pool_miss: Counter,
     pub(crate) pool_objects: Gauge,
@@ -189,6 +217,12 @@ impl Metrics {
         own.register("upstream_connections_opened", "Connections opened to experts", opened.clone());
         let open = Family::default();
         own.register("upstream_connections_open", "Connections to experts that are open", open.clone());
+        let retries = Family::default();
+        own.register("upstream_retries", "Further attempts of calls to experts", retries.clone());
+        let breaker_opened = Family::default();
+        own.register("breaker_opened", "Times that an expert's breaker opened", breaker_opened.clone());
+        let breaker = Family::default();
+        own.register("breaker_state", "1 for the state that an expert's breaker is in", breaker.clone());
 
         let pool =
             counters(own, "pool_acquired", "Buffers taken, from the pool or new", "result", &["hit", "miss"]);
@@ -227,6 +261,9 @@ impl Metrics {
             acquire,
             opened,
             open,
+            retries,
+            breaker_opened,
+            breaker,
             pool_hit: pool[0].clone(),
             pool_miss: pool[1].clone(),
             pool_objects,
@@ -254,14 +291,15 @@ impl Metrics {
         let labels = vec![("service", name.to_owned())];
         Service {
             requests: Outcome::ALL.map(|outcome| {
-                let mut labels = labels.clone();
-                labels.push(("outcome", outcome.as_str().to_owned()));
-                self.requests.get_or_create_owned(&labels)
+                self.requests.get_or_create_owned(&with(&labels, "outcome", outcome.as_str()))
             }),
             duration: self.duration.get_or_create_owned(&labels),
             acquire: self.acquire.get_or_create_owned(&labels),
             opened: self.opened.get_or_create_owned(&labels),
             open: self.open.get_or_create_owned(&labels),
+            retries: self.retries.get_or_create_owned(&labels),
+            breaker_opened: self.breaker_opened.get_or_create_owned(&labels),
+            breaker: BREAKER.map(|(_, name)| self.breaker.get_or_create_owned(&with(&labels, "state", name))),
         }
     }
 
@@ -275,14 +313,17 @@ impl Metrics {
             }
             let labels = vec![("service", expert.name.clone())];
             for outcome in Outcome::ALL {
-                let mut labels = labels.clone();
-                labels.push(("outcome", outcome.as_str().to_owned()));
-                self.requests.remove(&labels);
+                self.requests.remove(&with(&labels, "outcome", outcome.as_str()));
+            }
+            for (_, state) in BREAKER {
+                self.breaker.remove(&with(&labels, "state", state));
             }
             self.duration.remove(&labels);
             self.acquire.remove(&labels);
             self.opened.remove(&labels);
             self.open.remove(&labels);
+            self.retries.remove(&labels);
+            self.breaker_opened.remove(&labels);
         }
     }
 

@@ -13,14 +13,15 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use hyper::{Uri, header::HeaderValue};
+use hyper::header::HeaderValue;
 use tokio::sync::watch;
 
 use crate::{
     cache::{self, Bounds, Cache},
     config::{self, Config},
-    connections::{self, Address, Limits, Route},
-    metrics::{Metrics, Service},
+    connections::{self, Address, Limits},
+    experts::{Expert, Upstream},
+    metrics::Metrics,
     monitoring::Store,
     pool::{Buffer, BufferPool},
 };
@@ -43,19 +44,6 @@ impl Snapshot {
     pub(crate) fn buffer(&self) -> Buffer {
         self.buffers.as_ref().map(BufferPool::take).unwrap_or_default()
     }
-}
-
-/// An expert, ready to be called.
-#[derive(Debug)]
-pub(crate) struct Expert {
-    pub(crate) config: config::Expert,
-    /// Path and query of the URL.
-    pub(crate) path: Uri,
-    pub(crate) host: HeaderValue,
-    pub(crate) route: Route,
-    pub(crate) metrics: Service,
-    /// Name and URL: whose answer a cached answer is.
-    pub(crate) identity: Arc<str>,
 }
 
 /// A file that was refused.
@@ -205,6 +193,9 @@ impl Runtime {
                 expert.route.pool.sweep();
             }
             snapshot.cache.sweep(Instant::now());
+            if ticks.is_multiple_of(5) {
+                refresh(snapshot.clone()).await;
+            }
             if let Some(buffers) = snapshot.buffers.as_ref().filter(|_| ticks.is_multiple_of(30)) {
                 buffers.trim();
             }
@@ -214,6 +205,10 @@ impl Runtime {
     /// All metrics as text.
     pub(crate) fn encode_metrics(&self) -> String {
         let snapshot = self.snapshot();
+        let now = Instant::now();
+        for expert in &snapshot.experts {
+            expert.show(now);
+        }
         let (objects, bytes) = snapshot.buffers.as_ref().map_or((0, 0), |buffers| buffers.size());
         self.metrics.pool_objects.set(objects as i64);
         self.metrics.pool_held_bytes.set(bytes as i64);
@@ -222,6 +217,17 @@ impl Runtime {
         self.metrics.cache_bytes.set(bytes as i64);
         self.metrics.encode()
     }
+}
+
+/// Reads secrets again, off the threads that serve.
+async fn refresh(snapshot: Arc<Snapshot>) {
+    let read = move || {
+        for expert in &snapshot.experts {
+            expert.refresh();
+        }
+    };
+    // Fails only when the runtime is being shut down.
+    let _ = tokio::task::spawn_blocking(read).await;
 }
 
 /// The sockets are bound at the start; a file that moves them is refused rather than half applied.
@@ -270,9 +276,9 @@ fn build(
     let cache = old.map(|old| &old.cache).filter(|cache| cache.bounds == bounds).cloned();
     let cache = cache.unwrap_or_else(|| Arc::new(Cache::new(bounds)));
 
-    let mut uris = Vec::with_capacity(config.experts.len());
+    let mut upstreams = Vec::with_capacity(config.experts.len());
     for (i, expert) in config.experts.iter().enumerate() {
-        uris.push(Upstream::of(expert).ok_or_else(|| {
+        upstreams.push(Upstream::of(expert).ok_or_else(|| {
             config::Error::one(format!("experts[{i}].url"), format!("{:?} is not a URL", expert.url))
         })?);
     }
@@ -299,46 +305,24 @@ fn build(
     let routes = match kept {
         Some(old) => old.experts.iter().map(|expert| expert.route.clone()).collect(),
         None => {
-            let addresses: Vec<Address> = uris.iter().map(|u| u.address.clone()).collect();
+            let addresses: Vec<Address> = upstreams.iter().map(|u| u.address.clone()).collect();
             connections::routes(&limits, unified.enabled, &addresses)
         }
     };
 
-    let experts = config.experts.iter().zip(uris).zip(routes).map(|((expert, upstream), route)| {
-        Arc::new(Expert {
-            config: expert.clone(),
-            path: upstream.path,
-            host: upstream.host,
-            route,
-            metrics: metrics.service(&expert.name),
-            identity: format!("{}\n{}", expert.name, expert.url).into(),
-        })
-    });
-    let experts = experts.collect();
+    let mut experts = Vec::with_capacity(config.experts.len());
+    for (i, ((expert, upstream), route)) in config.experts.iter().zip(upstreams).zip(routes).enumerate() {
+        let before = old.and_then(|old| old.experts.iter().find(|before| before.config == *expert));
+        let service = metrics.service(&expert.name);
+        let built = Expert::new(expert, &config.dispatch, upstream, route, service, before.map(|b| &**b));
+        // All else that could be wrong was found before: only the credential is looked at here first.
+        experts.push(Arc::new(
+            built.map_err(|reason| config::Error::one(format!("experts[{i}].credential.from"), reason))?,
+        ));
+    }
     Ok(Snapshot { hash, generation, experts, buffers, cache, config })
 }
 
 fn size(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
-}
-
-/// Where an expert's URL leads.
-struct Upstream {
-    address: Address,
-    path: Uri,
-    host: HeaderValue,
-}
-
-impl Upstream {
-    /// `None` for what is no URL, which [`Config::parse`] refuses already.
-    fn of(expert: &config::Expert) -> Option<Self> {
-        let uri: Uri = expert.url.parse().ok()?;
-        let authority = uri.authority()?;
-        let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
-        Some(Self {
-            address: Address { host, port: authority.port_u16().unwrap_or(80) },
-            path: uri.path_and_query()?.as_str().parse().ok()?,
-            host: HeaderValue::from_str(authority.as_str()).ok()?,
-        })
-    }
 }
