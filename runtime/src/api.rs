@@ -21,11 +21,12 @@ use serde_json::{json, value::RawValue};
 
 use crate::{
     dispatch::{self, Answer},
+    experts::Expert,
     metrics::{self, Outcome, Verdict},
     monitoring::Point,
     pool::Buffer,
     query::Query,
-    state::{Expert, Runtime, Snapshot},
+    state::{Runtime, Snapshot},
 };
 
 /// An answer, whole in memory.
@@ -291,6 +292,8 @@ fn missed(
     let failures = || answers.iter().filter_map(|answer| answer.result.as_ref().err().map(|f| f.outcome));
     let (status, kind, title) = if failures().all(|o| o == Outcome::Busy) {
         (StatusCode::SERVICE_UNAVAILABLE, "busy", "No connection to the experts was free in time")
+    } else if failures().all(|o| matches!(o, Outcome::Busy | Outcome::Open)) {
+        (StatusCode::SERVICE_UNAVAILABLE, "unwell", "The experts are left alone, since they failed")
     } else if failures().all(|o| matches!(o, Outcome::Busy | Outcome::Timeout)) {
         (StatusCode::GATEWAY_TIMEOUT, "timeout", "The experts did not answer in time")
     } else {

@@ -92,6 +92,13 @@ pub struct Server {
     /// Largest request body in bytes, 1 KiB to 64 MiB.
     #[serde(with = "units::bytes")]
     pub body_limit: u64,
+    /// Where the API keys are. Absent: whoever reaches the serving port may ask. Each line is a name, a colon and the
+    /// lower-case hex SHA-256 of a key; empty lines and lines that begin with `#` are skipped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_keys: Option<Source>,
+    /// Bounds how often may be asked: each API key for itself, or all together where there are no keys. Absent: no bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limit: Option<RateLimit>,
     /// What happens on SIGTERM.
     pub drain: Drain,
 }
@@ -103,9 +110,31 @@ impl Default for Server {
             admin: SocketAddr::from(([0, 0, 0, 0], 9090)),
             max_in_flight: 1024,
             body_limit: 1 << 20,
+            api_keys: None,
+            rate_limit: None,
             drain: Drain::default(),
         }
     }
+}
+
+/// Where a secret is. The configuration itself holds none, since it is shown and logged.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Source {
+    /// Absolute path of a file of at most 64 KiB; it is read again every few seconds, so that it can be rotated.
+    File(String),
+    /// Name of an environment variable: letters, digits and `_`.
+    Env(String),
+}
+
+/// A token bucket: `burst` requests at once, and `perSecond` on average. One more is answered 429 with `Retry-After`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RateLimit {
+    /// Requests a second on average, 1 to 1,000,000.
+    pub per_second: u32,
+    /// Requests at once, 1 to 1,000,000.
+    pub burst: u32,
 }
 
 /// What happens on SIGTERM.
@@ -135,11 +164,31 @@ pub struct Expert {
     /// The protocol that the expert speaks.
     #[serde(default)]
     pub kind: Kind,
-    /// Where queries are posted: `http://host[:port][/path][?query]`.
+    /// Where the expert is: `http://host[:port][/path][?query]`. For `openai` it is the base of its API, such as
+    /// `http://host:8000/v1`.
     pub url: String,
-    /// How long one call may take, waiting for a connection included; above zero.
+    /// How long one call may take, waiting for a connection and retries included; for a streamed completion, how long
+    /// its start and then each further piece may take. Above zero.
     #[serde(default = "twenty_seconds", with = "units::duration")]
     pub timeout: Duration,
+    /// Name of the tool that is called, 1 to 128 letters, digits, `_`, `-` and `.`. `mcp` needs it; for `http` the
+    /// query is then posted to `<url>/tools/<tool>`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tool: Option<String>,
+    /// For `mcp`: the tool's argument that gets the query's `content` as a text. Absent: the query's fields are the
+    /// arguments. 1 to 128 characters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub argument: Option<String>,
+    /// For `mcp`: the revision that is spoken. Absent: `auto`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<Protocol>,
+    /// For `openai`, which needs it: the model that is asked, and the name by which `/v1/chat/completions` finds this
+    /// expert; experts with the same model stand in for each other in their order. 1 to 256 characters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// What the runtime shows to the expert to be let in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credential: Option<Credential>,
 }
 
 /// The protocol that an expert speaks.
@@ -149,6 +198,35 @@ pub enum Kind {
     /// The query is posted as JSON, and the answer is a JSON document.
     #[default]
     Http,
+    /// A tool of an MCP server (streamable HTTP) is called.
+    Mcp,
+    /// A model behind OpenAI's chat completions API is asked.
+    #[serde(rename = "openai")]
+    OpenAi,
+}
+
+/// The revision of MCP that is spoken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Protocol {
+    /// The server is asked once: stateless if it can, else a session.
+    #[default]
+    Auto,
+    /// Revision 2026-07-28: each request stands for itself.
+    Stateless,
+    /// Revisions 2025-03-26 to 2025-11-25: `initialize` first, then its session.
+    Session,
+}
+
+/// A secret that is sent to an expert.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Credential {
+    /// Where the secret is; white space around it is cut off.
+    pub from: Source,
+    /// Header that carries it. In `authorization` it is sent as `Bearer <secret>`, in any other as it is.
+    #[serde(default = "authorization")]
+    pub header: String,
 }
 
 /// How a query is spread over the experts.
@@ -158,14 +236,69 @@ pub struct Dispatch {
     /// Longest time for a query as a whole; above zero.
     #[serde(with = "units::duration")]
     pub deadline: Duration,
+    /// Longest time for a chat completion as a whole, whose stream may well outlast `deadline`; above zero.
+    #[serde(with = "units::duration")]
+    pub stream_deadline: Duration,
     /// Answers needed for a query to count as ok, 1 to the number of experts. Absent: all that were asked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quorum: Option<u32>,
+    /// Second attempts.
+    pub retries: Retries,
+    /// When an expert is left alone for a while.
+    pub breaker: Breaker,
 }
 
 impl Default for Dispatch {
     fn default() -> Self {
-        Self { deadline: Duration::from_secs(30), quorum: None }
+        Self {
+            deadline: Duration::from_secs(30),
+            stream_deadline: Duration::from_secs(300),
+            quorum: None,
+            retries: Retries::default(),
+            breaker: Breaker::default(),
+        }
+    }
+}
+
+/// Second attempts, only after failures that certainly did nothing: no connection was made, or the expert answered 429
+/// or 503. Its `Retry-After` is waited for, unless the call's time ends before.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Retries {
+    /// Further attempts of one call, 0 to 5.
+    pub max: u32,
+    /// Retries in percent of the calls to an expert, 0 to 100, on top of ten that are always left for quiet times: an
+    /// expert that is down gets little more load than one that is well. 0: none at all.
+    pub budget_percent: u32,
+    /// Pause before the first retry, doubled for each further one and then cut by up to half at random; 1 ms or more.
+    #[serde(with = "units::duration")]
+    pub backoff: Duration,
+}
+
+impl Default for Retries {
+    fn default() -> Self {
+        Self { max: 1, budget_percent: 10, backoff: Duration::from_millis(25) }
+    }
+}
+
+/// Leaves an expert alone that failed several times in a row, then tries it with a single call.
+///
+/// Failures are: no connection, no answer in time, a status of 500 or more, an answer that cannot be read.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Breaker {
+    /// Off: experts are always asked.
+    pub enabled: bool,
+    /// Failures in a row that open the breaker, 1 to 1,000.
+    pub failures: u32,
+    /// How long no call is made then, and after each failed trial; above zero.
+    #[serde(with = "units::duration")]
+    pub open_for: Duration,
+}
+
+impl Default for Breaker {
+    fn default() -> Self {
+        Self { enabled: true, failures: 5, open_for: Duration::from_secs(5) }
     }
 }
 
@@ -545,6 +678,10 @@ fn twenty_seconds() -> Duration {
     Duration::from_secs(20)
 }
 
+fn authorization() -> String {
+    "authorization".to_owned()
+}
+
 impl Config {
     /// Reads a YAML or JSON file and checks every rule. A file with any fault is refused whole.
     pub fn parse(file: &[u8]) -> Result<Self, Error> {
@@ -591,8 +728,24 @@ impl Config {
             );
         }
 
+        if let Some(source) = &server.api_keys {
+            check.source("server.apiKeys", source);
+        }
+        if let Some(rate) = &server.rate_limit {
+            check.range("server.rateLimit.perSecond", rate.per_second, 1, 1_000_000);
+            check.range("server.rateLimit.burst", rate.burst, 1, 1_000_000);
+        }
+
         check.experts(&self.experts);
         check.positive("dispatch.deadline", self.dispatch.deadline);
+        check.positive("dispatch.streamDeadline", self.dispatch.stream_deadline);
+        let retries = &self.dispatch.retries;
+        check.range("dispatch.retries.max", retries.max, 0, 5);
+        check.range("dispatch.retries.budgetPercent", retries.budget_percent, 0, 100);
+        check.at_least("dispatch.retries.backoff", retries.backoff, Duration::from_millis(1));
+        check.at_most("dispatch.retries.backoff", retries.backoff, LONGEST);
+        check.range("dispatch.breaker.failures", self.dispatch.breaker.failures, 1, 1_000);
+        check.positive("dispatch.breaker.openFor", self.dispatch.breaker.open_for);
         if let Some(quorum) = self.dispatch.quorum {
             let experts = u32::try_from(self.experts.len()).unwrap_or(u32::MAX);
             if quorum == 0 || quorum > experts {
@@ -769,6 +922,107 @@ impl Check {
                 self.fail(format!("experts[{i}].url"), reason);
             }
             self.positive(&format!("experts[{i}].timeout"), expert.timeout);
+            self.kind(&format!("experts[{i}]"), expert);
+            if let Some(credential) = &expert.credential {
+                self.source(&format!("experts[{i}].credential.from"), &credential.from);
+                self.header(&format!("experts[{i}].credential.header"), &credential.header);
+            }
+        }
+    }
+
+    /// What each kind needs, and what it has no use for.
+    fn kind(&mut self, path: &str, expert: &Expert) {
+        let (kind, needs, may) = match expert.kind {
+            Kind::Http => ("http", None, &["tool"][..]),
+            Kind::Mcp => ("mcp", Some("tool"), &["tool", "argument", "protocol"][..]),
+            Kind::OpenAi => ("openai", Some("model"), &["model"][..]),
+        };
+        for (field, given) in [
+            ("tool", expert.tool.is_some()),
+            ("argument", expert.argument.is_some()),
+            ("protocol", expert.protocol.is_some()),
+            ("model", expert.model.is_some()),
+        ] {
+            if given && !may.contains(&field) {
+                self.fail(
+                    format!("{path}.{field}"),
+                    format!("an expert of kind {kind} has none; leave it out"),
+                );
+            } else if !given && needs == Some(field) {
+                self.fail(
+                    format!("{path}.{field}"),
+                    format!("an expert of kind {kind} needs it; name the {field}"),
+                );
+            }
+        }
+        let of_tool = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
+        if let Some(tool) = &expert.tool
+            && !((1..=128).contains(&tool.len()) && tool.bytes().all(of_tool))
+        {
+            let message = format!("{tool:?} is not a tool's name; use 1 to 128 letters, digits, _, - and .");
+            self.fail(format!("{path}.tool"), message);
+        }
+        for (field, value, max) in [("argument", &expert.argument, 128), ("model", &expert.model, 256)] {
+            if let Some(value) = value
+                && (!(1..=max).contains(&value.len()) || value.chars().any(char::is_control))
+            {
+                let message =
+                    format!("{value:?} cannot be used; write 1 to {max} bytes without control characters");
+                self.fail(format!("{path}.{field}"), message);
+            }
+        }
+        let extended = expert.kind == Kind::OpenAi || (expert.kind == Kind::Http && expert.tool.is_some());
+        if extended && expert.url.contains('?') {
+            self.fail(
+                format!("{path}.url"),
+                "a path is added to this URL, so it can have no ?query; leave it out",
+            );
+        }
+    }
+
+    fn source(&mut self, path: &str, source: &Source) {
+        match source {
+            Source::File(file) if !file.starts_with('/') || file.len() > 4096 => {
+                self.fail(
+                    path,
+                    format!("{file:?} is not an absolute path of a file, such as /etc/secrets/key"),
+                );
+            }
+            Source::Env(name) if !is_variable(name) => {
+                let message = "this is not the name of an environment variable; use letters, digits and _ \
+                               (the secret itself must not stand here)";
+                self.fail(path, message);
+            }
+            Source::File(_) | Source::Env(_) => {}
+        }
+    }
+
+    fn header(&mut self, path: &str, name: &str) {
+        let of_header = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'_';
+        if !((1..=64).contains(&name.len()) && name.bytes().all(of_header)) {
+            self.fail(
+                path,
+                format!("{name:?} is not a header; use 1 to 64 lower-case letters, digits, - and _"),
+            );
+        }
+        // What frames a request, and what the runtime writes itself.
+        const OWN: [&str; 10] = [
+            "accept",
+            "connection",
+            "content-length",
+            "content-type",
+            "host",
+            "keep-alive",
+            "te",
+            "transfer-encoding",
+            "upgrade",
+            "x-request-id",
+        ];
+        if OWN.contains(&name) || name.starts_with("mcp-") {
+            self.fail(
+                path,
+                format!("{name} is the runtime's own; use authorization, or a header such as x-api-key"),
+            );
         }
     }
 
@@ -797,6 +1051,12 @@ fn is_label(name: &str) -> bool {
         && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
         && !name.starts_with('-')
         && !name.ends_with('-')
+}
+
+fn is_variable(name: &str) -> bool {
+    (1..=256).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+        && !name.starts_with(|c: char| c.is_ascii_digit())
 }
 
 /// Stricter than the RFC, so that whatever passes here is also a URI for the HTTP client.
@@ -878,9 +1138,15 @@ mod tests {
     #[test]
     fn the_whole_schema_is_read_and_written() {
         let file = r#"
-            server: {listen: "0.0.0.0:8080", admin: "0.0.0.0:9090", maxInFlight: 1024, bodyLimit: 1MiB, drain: {delay: 5s, timeout: 25s}}
-            experts: [{name: alpha, kind: http, url: "http://alpha:8000/query", timeout: 20s}]
-            dispatch: {deadline: 30s, quorum: 1}
+            server: {listen: "0.0.0.0:8080", admin: "0.0.0.0:9090", maxInFlight: 1024, bodyLimit: 1MiB, apiKeys: {file: /keys},
+                     rateLimit: {perSecond: 10, burst: 20}, drain: {delay: 5s, timeout: 25s}}
+            experts:
+            - {name: alpha, kind: http, url: "http://alpha:8000/query", timeout: 20s}
+            - {name: beta, kind: http, url: "http://alpha:8000/api/", tool: search}
+            - {name: gamma, kind: mcp, url: "http://tools:3000/mcp", tool: search, argument: query, protocol: session}
+            - {name: delta, kind: openai, url: "http://llm/v1", model: some-model, credential: {from: {env: LLM_KEY}}}
+            dispatch: {deadline: 30s, streamDeadline: 5m, quorum: 1, retries: {max: 1, budgetPercent: 10, backoff: 25ms},
+                       breaker: {enabled: true, failures: 5, openFor: 5s}}
             results: {url: "http://audit:8000/results", flush: 1s, timeout: 5s}
             optimizations:
               memory:
@@ -938,7 +1204,46 @@ mod tests {
             (expert("name: alpha"), vec!["experts[0]", "url"]),
             (expert("url: \"http://a\""), vec!["experts[0]", "name"]),
             (expert("name: Alpha, url: \"http://a\""), vec!["experts[0].name", "lower-case"]),
-            (expert("name: alpha, kind: mcp, url: \"http://a\""), vec!["experts[0].kind", "mcp", "http"]),
+            (expert("name: alpha, kind: smtp, url: \"http://a\""), vec!["experts[0].kind", "smtp", "mcp"]),
+            (expert("name: alpha, kind: mcp, url: \"http://a\""), vec!["experts[0].tool", "needs it"]),
+            (expert("name: alpha, kind: openai, url: \"http://a\""), vec!["experts[0].model", "needs it"]),
+            (expert("name: alpha, url: \"http://a\", model: x"), vec!["experts[0].model", "leave it out"]),
+            (expert("name: alpha, url: \"http://a\", tool: a/b"), vec!["experts[0].tool", "letters"]),
+            (expert("name: alpha, url: \"http://a/?b\", tool: c"), vec!["experts[0].url", "?query"]),
+            (
+                expert("name: alpha, url: \"http://a\", credential: {from: {file: key}}"),
+                vec!["experts[0].credential.from", "absolute"],
+            ),
+            (
+                expert("name: alpha, url: \"http://a\", credential: {from: {env: sk-123}}"),
+                vec!["experts[0].credential.from", "environment variable"],
+            ),
+            (
+                expert("name: alpha, url: \"http://a\", credential: {from: {env: K}, header: host}"),
+                vec!["experts[0].credential.header", "own"],
+            ),
+            (
+                expert("name: alpha, url: \"http://a\", credential: {secret: k}"),
+                vec!["experts[0].credential", "secret", "from"],
+            ),
+            (format!("{ONE}\nserver: {{apiKeys: keys}}"), vec!["server.apiKeys", "keys"]),
+            (format!("{ONE}\nserver: {{apiKeys: {{file: keys}}}}"), vec!["server.apiKeys", "absolute"]),
+            (
+                format!("{ONE}\nserver: {{rateLimit: {{perSecond: 0, burst: 1}}}}"),
+                vec!["server.rateLimit.perSecond", "1 to 1000000"],
+            ),
+            (format!("{ONE}\ndispatch: {{streamDeadline: 0s}}"), vec!["dispatch.streamDeadline"]),
+            (format!("{ONE}\ndispatch: {{retries: {{max: 6}}}}"), vec!["dispatch.retries.max", "0 to 5"]),
+            (
+                format!("{ONE}\ndispatch: {{retries: {{budgetPercent: 101}}}}"),
+                vec!["dispatch.retries.budgetPercent"],
+            ),
+            (
+                format!("{ONE}\ndispatch: {{retries: {{backoff: 0s}}}}"),
+                vec!["dispatch.retries.backoff", "1ms"],
+            ),
+            (format!("{ONE}\ndispatch: {{breaker: {{failures: 0}}}}"), vec!["dispatch.breaker.failures"]),
+            (format!("{ONE}\ndispatch: {{breaker: {{openFor: 0s}}}}"), vec!["dispatch.breaker.openFor"]),
             (expert("name: alpha, url: \"ftp://a\""), vec!["experts[0].url", "not an HTTP URL"]),
             (expert("name: alpha, url: \"http://\""), vec!["experts[0].url", "no host"]),
             (expert("name: alpha, url: \"http://a:0\""), vec!["experts[0].url", "port"]),

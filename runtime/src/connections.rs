@@ -571,14 +571,12 @@ impl Route {
 /// An answer, whole in memory.
 pub(crate) struct Answer {
     pub(crate) status: StatusCode,
-    #[allow(dead_code, reason = "streamed answers use it")]
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
 }
 
 /// An answer's body on its way, at the pace at which it is read. Read to its end it puts the connection back;
 /// dropped before, it closes the connection, which is how an expert learns that nobody waits any more.
-#[allow(dead_code, reason = "streamed answers use it")]
 #[derive(Debug)]
 pub(crate) struct Arriving {
     body: Incoming,
@@ -586,10 +584,10 @@ pub(crate) struct Arriving {
     lease: Option<Lease>,
 }
 
-#[allow(dead_code, reason = "streamed answers use it")]
 impl Arriving {
-    fn settle(&mut self) {
-        if self.body.is_end_stream()
+    /// Puts the connection back at the body's end, which `is_end_stream` knows only where a length was announced.
+    fn settle(&mut self, ended: bool) {
+        if (ended || self.body.is_end_stream())
             && let Some(lease) = self.lease.take()
         {
             lease.release();
@@ -607,8 +605,8 @@ impl Body for Arriving {
     ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         // The end is often known with the last piece already, and nobody asks for more then.
-        self.settle();
-        Poll::Ready(frame.map(|frame| frame.map_err(|error| Error::Broken(cause(error)))))
+        self.settle(frame.is_none());
+        Poll::Ready(frame.map(|frame| frame.map_err(Error::from)))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -635,7 +633,6 @@ impl Route {
     }
 
     /// Sends a request and gives the answer as soon as its head is there.
-    #[allow(dead_code, reason = "streamed answers use it")]
     pub(crate) async fn open(
         &self,
         request: Request<Full<Bytes>>,
@@ -644,7 +641,7 @@ impl Route {
         let (response, lease) = self.exchange(request, service).await?;
         Ok(response.map(|body| {
             let mut arriving = Arriving { body, lease: Some(lease) };
-            arriving.settle();
+            arriving.settle(false);
             arriving
         }))
     }
@@ -670,7 +667,7 @@ impl Route {
                     lease.discard();
                     (request, fresh) = (unsent, true);
                 }
-                Err((error, _)) => return Err(Error::Broken(cause(error))),
+                Err((error, _)) => return Err(error.into()),
             }
         }
     }
@@ -687,7 +684,17 @@ fn cause(error: hyper::Error) -> String {
     text
 }
 
-async fn read(response: Response<Incoming>) -> Result<Answer, Error> {
+impl From<hyper::Error> for Error {
+    fn from(error: hyper::Error) -> Self {
+        Self::Broken(cause(error))
+    }
+}
+
+/// Reads an answer to its end, which must come within [`MAX_ANSWER`].
+pub(crate) async fn read<B>(response: Response<B>) -> Result<Answer, Error>
+where
+    B: Body<Data = Bytes, Error: Into<Error>> + Unpin,
+{
     let (head, mut body) = response.into_parts();
     let expected = head.headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
     if expected.is_some_and(|length| length > MAX_ANSWER) {
@@ -696,7 +703,7 @@ async fn read(response: Response<Incoming>) -> Result<Answer, Error> {
     let mut first = Bytes::new();
     let mut whole = Vec::new();
     while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|e| Error::Broken(cause(e)))?;
+        let frame = frame.map_err(Into::into)?;
         let Ok(data) = frame.into_data() else { continue };
         if first.len() + whole.len() + data.len() > MAX_ANSWER {
             return Err(Error::TooLarge);

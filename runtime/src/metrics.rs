@@ -24,6 +24,7 @@ use prometheus_client::{
 use crate::{
     cache::Evictions,
     config::Config,
+    experts::breaker::State,
     monitoring::{
         Store, Window,
         cardinality::{self, Limited},
@@ -45,16 +46,19 @@ pub enum Outcome {
     Timeout,
     /// No connection could be made, or it broke.
     Connect,
-    /// The expert answered with a status outside 200 to 299.
+    /// The expert answered with a status outside 200 to 299, or that its tool failed.
     Status,
     /// No connection became free within the acquire time-out.
     Busy,
-    /// The answer was no JSON document, or larger than the limit.
+    /// The answer was no JSON document, or larger than the limit, or not what its protocol says.
     Invalid,
+    /// The expert was not asked, since its breaker is open.
+    Open,
 }
 
 impl Outcome {
-    const ALL: [Self; 6] = [Self::Ok, Self::Timeout, Self::Connect, Self::Status, Self::Busy, Self::Invalid];
+    const ALL: [Self; 7] =
+        [Self::Ok, Self::Timeout, Self::Connect, Self::Status, Self::Busy, Self::Invalid, Self::Open];
 
     /// The label value.
     pub fn as_str(self) -> &'static str {
@@ -65,6 +69,7 @@ impl Outcome {
             Self::Status => "status",
             Self::Busy => "busy",
             Self::Invalid => "invalid",
+            Self::Open => "open",
         }
     }
 }
@@ -117,6 +122,13 @@ const ACQUIRED: [(&str, &str); 4] =
 pub(crate) const COMPONENTS: [&str; 5] = ["memory", "cpu", "disk", "network", "upstream"];
 
 type Labels = Vec<(&'static str, String)>;
+
+/// `labels` and one more.
+fn with(labels: &Labels, name: &'static str, value: &str) -> Labels {
+    let mut labels = labels.clone();
+    labels.push((name, value.to_owned()));
+    labels
+}
 
 fn histogram() -> Histogram {
     Histogram::new([0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0])
@@ -200,13 +212,16 @@ impl Latency {
 /// The metrics of one expert; by default they are not shown to anybody.
 #[derive(Debug, Clone)]
 pub(crate) struct Service {
-    requests: [Counter; 6],
+    requests: [Counter; 7],
     pub(crate) duration: Latency,
     pub(crate) acquire: Histogram,
     acquired: [Counter; 4],
     pub(crate) opened: Counter,
     pub(crate) open: Gauge,
     pub(crate) lookups: Counter,
+    pub(crate) retries: Counter,
+    pub(crate) breaker_opened: Counter,
+    breaker: [Gauge; 3],
 }
 
 impl Default for Service {
@@ -219,9 +234,16 @@ impl Default for Service {
             opened: Counter::default(),
             open: Gauge::default(),
             lookups: Counter::default(),
+            retries: Counter::default(),
+            breaker_opened: Counter::default(),
+            breaker: Default::default(),
         }
     }
 }
+
+/// The states of a breaker, and their label values.
+const BREAKER: [(State, &str); 3] =
+    [(State::Closed, "closed"), (State::Open, "open"), (State::HalfOpen, "half_open")];
 
 impl Service {
     /// Counts a connection that a call has got.
@@ -231,6 +253,13 @@ impl Service {
 
     pub(crate) fn count(&self, outcome: Outcome) {
         self.requests[outcome as usize].inc();
+    }
+
+    /// Shows the state of the expert's breaker.
+    pub(crate) fn breaker(&self, now: State) {
+        for (gauge, (state, _)) in self.breaker.iter().zip(BREAKER) {
+            gauge.set((state == now).into());
+        }
     }
 }
 
@@ -255,6 +284,9 @@ pub(crate) struct Metrics {
     opened: Family<Labels, Counter>,
     open: Family<Labels, Gauge>,
     lookups: Family<Labels, Counter>,
+    retries: Family<Labels, Counter>,
+    breaker_opened: Family<Labels, Counter>,
+    breaker: Family<Labels, Gauge>,
     pub(crate) pool: pool::Counts,
     pub(crate) pool_objects: Gauge,
     pub(crate) pool_held_bytes: Gauge,
@@ -326,6 +358,12 @@ impl Metrics {
         own.register("upstream_connections_open", "Connections to experts that are open", open.clone());
         let lookups = Family::default();
         own.register("upstream_lookups", "Times that the system was asked for addresses", lookups.clone());
+        let retries = Family::default();
+        own.register("upstream_retries", "Further attempts of calls to experts", retries.clone());
+        let breaker_opened = Family::default();
+        own.register("breaker_opened", "Times that an expert's breaker opened", breaker_opened.clone());
+        let breaker = Family::default();
+        own.register("breaker_state", "1 for the state that an expert's breaker is in", breaker.clone());
 
         let taken =
             counters(own, "pool_acquired", "Buffers taken, from the pool or new", "result", &["hit", "miss"]);
@@ -405,6 +443,9 @@ impl Metrics {
             opened,
             open,
             lookups,
+            retries,
+            breaker_opened,
+            breaker,
             pool,
             pool_objects,
             pool_held_bytes,
@@ -442,9 +483,7 @@ impl Metrics {
         let labels = vec![("service", name.to_owned())];
         Service {
             requests: Outcome::ALL.map(|outcome| {
-                let mut labels = labels.clone();
-                labels.push(("outcome", outcome.as_str().to_owned()));
-                self.requests.get_or_create_owned(&labels)
+                self.requests.get_or_create_owned(&with(&labels, "outcome", outcome.as_str()))
             }),
             duration: self.duration.get_or_create_owned(&labels),
             acquire: self.acquire.get_or_create_owned(&labels),
@@ -452,6 +491,9 @@ impl Metrics {
             opened: self.opened.get_or_create_owned(&labels),
             open: self.open.get_or_create_owned(&labels),
             lookups: self.lookups.get_or_create_owned(&labels),
+            retries: self.retries.get_or_create_owned(&labels),
+            breaker_opened: self.breaker_opened.get_or_create_owned(&labels),
+            breaker: BREAKER.map(|(_, name)| self.breaker.get_or_create_owned(&with(&labels, "state", name))),
         }
     }
 
@@ -470,9 +512,10 @@ impl Metrics {
             }
             let labels = vec![("service", expert.name.clone())];
             for outcome in Outcome::ALL {
-                let mut labels = labels.clone();
-                labels.push(("outcome", outcome.as_str().to_owned()));
-                self.requests.remove(&labels);
+                self.requests.remove(&with(&labels, "outcome", outcome.as_str()));
+            }
+            for (_, state) in BREAKER {
+                self.breaker.remove(&with(&labels, "state", state));
             }
             self.duration.remove(&labels);
             self.acquire.remove(&labels);
@@ -482,6 +525,8 @@ impl Metrics {
             self.opened.remove(&labels);
             self.open.remove(&labels);
             self.lookups.remove(&labels);
+            self.retries.remove(&labels);
+            self.breaker_opened.remove(&labels);
         }
     }
 

@@ -14,13 +14,14 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use hyper::{Uri, header::HeaderValue};
+use hyper::header::HeaderValue;
 use tokio::sync::watch;
 
 use crate::{
     cache::{self, Bounds, Cache},
     config::{self, Config},
-    connections::{self, Address, Pool, Route, Target},
+    connections::{self, Pool, Route, Target},
+    experts::{Expert, Upstream},
     metrics::{Metrics, Service},
     pool::{self, Buffer, BufferPool},
     pressure::Reading,
@@ -69,6 +70,15 @@ impl Snapshot {
         short
     }
 
+    /// Closes and drops what is too old.
+    fn sweep(&self, now: Instant) {
+        let mut swept = HashSet::new();
+        for pool in self.pools().filter(|pool| swept.insert(Arc::as_ptr(pool))) {
+            pool.sweep();
+        }
+        self.cache.sweep(now);
+    }
+
     /// Every way to another service.
     fn routes(&self) -> impl Iterator<Item = &Route> {
         self.experts.iter().map(|expert| &expert.route).chain(self.collector.iter().map(|c| &c.route))
@@ -78,19 +88,6 @@ impl Snapshot {
     fn pools(&self) -> impl Iterator<Item = &Arc<Pool>> {
         self.routes().flat_map(Route::pools)
     }
-}
-
-/// An expert, ready to be called.
-#[derive(Debug)]
-pub(crate) struct Expert {
-    pub(crate) config: config::Expert,
-    /// Path and query of the URL.
-    pub(crate) path: Uri,
-    pub(crate) host: HeaderValue,
-    pub(crate) route: Route,
-    pub(crate) metrics: Service,
-    /// Name and URL: whose answer a cached answer is.
-    pub(crate) identity: Arc<str>,
 }
 
 /// A file that was refused.
@@ -232,18 +229,18 @@ impl Runtime {
     /// Closes, frees and forgets what is too old, once a second.
     pub(crate) async fn housekeep(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
         let mut tick = tokio::time::interval(Duration::from_secs(1));
-        let (mut trimmed, mut evicted) = (Instant::now(), None::<Instant>);
+        let (mut refreshed, mut trimmed, mut evicted) = (Instant::now(), Instant::now(), None::<Instant>);
         while !*stop.borrow() {
             tokio::select! {
                 _ = tick.tick() => {}
                 _ = stop.changed() => return,
             }
             let (snapshot, now) = (self.snapshot(), Instant::now());
-            let mut swept = HashSet::new();
-            for pool in snapshot.pools().filter(|pool| swept.insert(Arc::as_ptr(pool))) {
-                pool.sweep();
+            snapshot.sweep(now);
+            if refreshed.elapsed() >= REFRESH {
+                refresh(snapshot.clone()).await;
+                refreshed = now;
             }
-            snapshot.cache.sweep(now);
             let memory = &snapshot.config.optimizations.memory;
             if let Some(buffers) = &snapshot.buffers
                 && now.duration_since(trimmed) >= memory.object_pool.trim_every
@@ -264,6 +261,10 @@ impl Runtime {
     /// All metrics as text.
     pub(crate) fn encode_metrics(&self) -> String {
         let snapshot = self.snapshot();
+        let now = Instant::now();
+        for expert in &snapshot.experts {
+            expert.show(now);
+        }
         let (objects, bytes) = snapshot.buffers.as_ref().map_or((0, 0), |buffers| buffers.size());
         self.metrics.pool_objects.set(objects as i64);
         self.metrics.pool_held_bytes.set(bytes as i64);
@@ -272,6 +273,20 @@ impl Runtime {
         self.metrics.cache_bytes.set(bytes as i64);
         self.metrics.encode()
     }
+}
+
+/// How often secrets are read again.
+const REFRESH: Duration = Duration::from_secs(5);
+
+/// Reads secrets again, off the threads that serve.
+async fn refresh(snapshot: Arc<Snapshot>) {
+    let read = move || {
+        for expert in &snapshot.experts {
+            expert.refresh();
+        }
+    };
+    // Fails only when the runtime is being shut down.
+    let _ = tokio::task::spawn_blocking(read).await;
 }
 
 /// The sockets are bound at the start; a file that moves them is refused rather than half applied.
@@ -324,34 +339,33 @@ fn build(
     let cache = old.map(|old| &old.cache).filter(|cache| cache.bounds == bounds).cloned();
     let cache = cache.unwrap_or_else(|| Arc::new(Cache::new(bounds, metrics.evictions.clone())));
 
-    let mut uris = Vec::with_capacity(config.experts.len() + 1);
+    let mut upstreams = Vec::with_capacity(config.experts.len() + 1);
     for (i, expert) in config.experts.iter().enumerate() {
-        uris.push(Upstream::of(&format!("experts[{i}].url"), &expert.url)?);
+        upstreams.push(Upstream::of(expert).ok_or_else(|| no_url(format!("experts[{i}].url"), &expert.url))?);
     }
     if let Some(results) = &config.results {
-        uris.push(Upstream::of("results.url", &results.url)?);
+        let upstream = Upstream::at(&results.url, str::to_owned);
+        upstreams.push(upstream.ok_or_else(|| no_url("results.url".to_owned(), &results.url))?);
     }
     let names = config.experts.iter().map(|expert| expert.name.as_str()).chain(["results"]);
     let targets: Vec<Target> = names
-        .zip(&uris)
+        .zip(&upstreams)
         .map(|(name, upstream)| Target { name: name.to_owned(), address: upstream.address.clone() })
         .collect();
     let known: Vec<&Route> = old.into_iter().flat_map(Snapshot::routes).collect();
-    let routes = connections::routes(&config, &targets, &known)?;
+    let mut routes = upstreams.into_iter().zip(connections::routes(&config, &targets, &known)?);
 
-    let mut upstreams = uris.into_iter().zip(routes);
-    let experts = config.experts.iter().zip(&mut upstreams).map(|(expert, (upstream, route))| {
-        Arc::new(Expert {
-            config: expert.clone(),
-            path: upstream.path,
-            host: upstream.host,
-            route,
-            metrics: metrics.service(&expert.name),
-            identity: format!("{}\n{}", expert.name, expert.url).into(),
-        })
-    });
-    let experts = experts.collect();
-    let collector = config.results.as_ref().zip(upstreams.next()).map(|(results, (upstream, route))| {
+    let mut experts = Vec::with_capacity(config.experts.len());
+    for (i, (expert, (upstream, route))) in config.experts.iter().zip(&mut routes).enumerate() {
+        let before = old.and_then(|old| old.experts.iter().find(|before| before.config == *expert));
+        let service = metrics.service(&expert.name);
+        let built = Expert::new(expert, &config.dispatch, upstream, route, service, before.map(|b| &**b));
+        // All else that could be wrong was found before: only the credential is looked at here first.
+        experts.push(Arc::new(
+            built.map_err(|reason| config::Error::one(format!("experts[{i}].credential.from"), reason))?,
+        ));
+    }
+    let collector = config.results.as_ref().zip(routes.next()).map(|(results, (upstream, route))| {
         let limit = &config.optimizations.memory.batch_limit;
         Arc::new(Collector {
             config: results.clone(),
@@ -365,34 +379,12 @@ fn build(
     Ok(Snapshot { hash, generation, experts, buffers, cache, collector, config })
 }
 
+fn no_url(field: String, url: &str) -> config::Error {
+    config::Error::one(field, format!("{url:?} is not a URL"))
+}
+
 fn size(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
-}
-
-/// Where a URL leads.
-struct Upstream {
-    address: Address,
-    path: Uri,
-    host: HeaderValue,
-}
-
-impl Upstream {
-    /// Fails for what is no URL, which [`Config::parse`] refuses already.
-    fn of(field: &str, url: &str) -> Result<Self, config::Error> {
-        let parse = || {
-            let uri: Uri = url.parse().ok()?;
-            let authority = uri.authority()?;
-            let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
-            let tls = uri.scheme_str() == Some("https");
-            let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
-            Some(Self {
-                address: Address { host, port, tls },
-                path: uri.path_and_query()?.as_str().parse().ok()?,
-                host: HeaderValue::from_str(authority.as_str()).ok()?,
-            })
-        };
-        parse().ok_or_else(|| config::Error::one(field, format!("{url:?} is not a URL")))
-    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,6 @@ use std::sync::{
 
 use common::{config, instant, mocks, post, query, slow, start, switch};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 const COMBINATIONS: [(bool, bool, bool); 8] = [
     (false, false, false),
@@ -63,8 +62,7 @@ fn digest(path: &str, query: &Value) -> String {
         text("content"),
         text("requester")
     );
-    let digest = Sha256::digest(format!("{path}\n{body}"));
-    digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    common::digest(path, &body)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
