@@ -20,6 +20,7 @@ use serde::Serialize;
 use serde_json::{json, value::RawValue};
 
 use crate::{
+    config::Config,
     dispatch::{self, Answer},
     experts::Expert,
     metrics::{self, Outcome, Verdict},
@@ -136,14 +137,15 @@ pub(crate) fn admin(runtime: &Runtime, request: &Request<Incoming>) -> Reply {
         return reply;
     }
     let path = request.uri().path();
-    if !matches!(path, "/metrics" | "/config" | "/points") {
-        return not_found("GET /metrics, GET /config, GET /points, GET /livez, GET /readyz");
+    if !matches!(path, "/metrics" | "/config" | "/points" | "/schema") {
+        return not_found("GET /metrics, GET /config, GET /schema, GET /points, GET /livez, GET /readyz");
     }
     if request.method() != Method::GET && request.method() != Method::HEAD {
         return not_allowed("GET, HEAD");
     }
     match path {
         "/metrics" => reply(StatusCode::OK, metrics::CONTENT_TYPE, runtime.encode_metrics().into()),
+        "/schema" => reply(StatusCode::OK, SCHEMA, Config::schema().into()),
         "/points" => {
             let points: serde_json::Map<_, _> = runtime
                 .metrics
@@ -385,6 +387,7 @@ fn choose(snapshot: &Snapshot, query: &Query<'_>) -> Result<Vec<Arc<Expert>>, St
 }
 
 const JSON: &str = "application/json";
+const SCHEMA: &str = "application/schema+json";
 const PROBLEM: &str = "application/problem+json";
 const TEXT: &str = "text/plain; charset=utf-8";
 

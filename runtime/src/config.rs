@@ -5,6 +5,7 @@
 
 use std::{collections::HashSet, fmt, net::SocketAddr, time::Duration};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -54,7 +55,7 @@ impl fmt::Display for Problem {
 }
 
 /// A whole configuration. One that came from [`Config::parse`] keeps every rule of this module.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Config {
     /// Ports and limits of the service itself.
@@ -80,7 +81,7 @@ pub struct Config {
 }
 
 /// Ports and limits of the service itself.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Server {
     /// Address of the serving port. Read at start only.
@@ -91,6 +92,7 @@ pub struct Server {
     pub max_in_flight: u32,
     /// Largest request body in bytes, 1 KiB to 64 MiB.
     #[serde(with = "units::bytes")]
+    #[schemars(schema_with = "units::bytes::schema")]
     pub body_limit: u64,
     /// Where the API keys are. Absent: whoever reaches the serving port may ask. Each line is a name, a colon and the
     /// lower-case hex SHA-256 of a key; empty lines and lines that begin with `#` are skipped.
@@ -118,7 +120,7 @@ impl Default for Server {
 }
 
 /// Where a secret is. The configuration itself holds none, since it is shown and logged.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Source {
     /// Absolute path of a file of at most 64 KiB; it is read again every few seconds, so that it can be rotated.
@@ -128,7 +130,7 @@ pub enum Source {
 }
 
 /// A token bucket: `burst` requests at once, and `perSecond` on average. One more is answered 429 with `Retry-After`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct RateLimit {
     /// Requests a second on average, 1 to 1,000,000.
@@ -138,14 +140,16 @@ pub struct RateLimit {
 }
 
 /// What happens on SIGTERM.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Drain {
     /// How long new queries are still taken while `/readyz` already says no, so that load balancers can notice.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub delay: Duration,
     /// How long queries in flight may take after that.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub timeout: Duration,
 }
 
@@ -156,7 +160,7 @@ impl Default for Drain {
 }
 
 /// One upstream service.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Expert {
     /// Unique name: 1 to 63 lower-case letters, digits and inner hyphens. It is a metric label.
@@ -170,6 +174,7 @@ pub struct Expert {
     /// How long one call may take, waiting for a connection and retries included; for a streamed completion, how long
     /// its start and then each further piece may take. Above zero.
     #[serde(default = "twenty_seconds", with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub timeout: Duration,
     /// Name of the tool that is called, 1 to 128 letters, digits, `_`, `-` and `.`. `mcp` needs it; for `http` the
     /// query is then posted to `<url>/tools/<tool>`.
@@ -192,7 +197,7 @@ pub struct Expert {
 }
 
 /// The protocol that an expert speaks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Kind {
     /// The query is posted as JSON, and the answer is a JSON document.
@@ -206,7 +211,7 @@ pub enum Kind {
 }
 
 /// The revision of MCP that is spoken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Protocol {
     /// The server is asked once: stateless if it can, else a session.
@@ -219,7 +224,7 @@ pub enum Protocol {
 }
 
 /// A secret that is sent to an expert.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Credential {
     /// Where the secret is; white space around it is cut off.
@@ -230,14 +235,16 @@ pub struct Credential {
 }
 
 /// How a query is spread over the experts.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Dispatch {
     /// Longest time for a query as a whole; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub deadline: Duration,
     /// Longest time for a chat completion as a whole, whose stream may well outlast `deadline`; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub stream_deadline: Duration,
     /// Answers needed for a query to count as ok, 1 to the number of experts. Absent: all that were asked.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -262,7 +269,7 @@ impl Default for Dispatch {
 
 /// Second attempts, only after failures that certainly did nothing: no connection was made, or the expert answered 429
 /// or 503. Its `Retry-After` is waited for, unless the call's time ends before.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Retries {
     /// Further attempts of one call, 0 to 5.
@@ -272,6 +279,7 @@ pub struct Retries {
     pub budget_percent: u32,
     /// Pause before the first retry, doubled for each further one and then cut by up to half at random; 1 ms or more.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub backoff: Duration,
 }
 
@@ -284,7 +292,7 @@ impl Default for Retries {
 /// Leaves an expert alone that failed several times in a row, then tries it with a single call.
 ///
 /// Failures are: no connection, no answer in time, a status of 500 or more, an answer that cannot be read.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Breaker {
     /// Off: experts are always asked.
@@ -293,6 +301,7 @@ pub struct Breaker {
     pub failures: u32,
     /// How long no call is made then, and after each failed trial; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub open_for: Duration,
 }
 
@@ -304,21 +313,23 @@ impl Default for Breaker {
 
 /// A collector of results, for audits and evaluations: it is posted JSON arrays of
 /// `{time, requester, outcome, durationMs, response}`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Results {
     /// Where batches are posted, as an expert's URL. 400, 413 and 422 refuse a batch; any other failure is tried again.
     pub url: String,
     /// Longest time that a result waits for others; above zero.
     #[serde(default = "one_second", with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub flush: Duration,
     /// How long the collector may take to answer; above zero.
     #[serde(default = "five_seconds", with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub timeout: Duration,
 }
 
 /// The switches, in the groups that the operator turns.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Optimizations {
     /// Memory held and allocated.
@@ -330,7 +341,7 @@ pub struct Optimizations {
 }
 
 /// Switches of the group `memory`.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Memory {
     /// Flat, pooled query buffers.
@@ -344,7 +355,7 @@ pub struct Memory {
 }
 
 /// Flat query buffers that are kept for the next query.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct ObjectPool {
     /// Off: every query is a tree of fields, copied for each expert.
@@ -353,13 +364,16 @@ pub struct ObjectPool {
     pub max_objects: u32,
     /// Bytes kept in all, `retainMax` to 1 GiB.
     #[serde(with = "units::bytes")]
+    #[schemars(schema_with = "units::bytes::schema")]
     pub max_bytes: u64,
     /// Largest buffer kept, in bytes, 1 KiB to 1 MiB. A larger one is freed, so that the pool cannot ratchet up
     /// to the largest query ever seen.
     #[serde(with = "units::bytes")]
+    #[schemars(schema_with = "units::bytes::schema")]
     pub retain_max: u64,
     /// How often half of the buffers that nobody needed since the last time are freed; 1 s or more.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub trim_every: Duration,
 }
 
@@ -376,18 +390,20 @@ impl Default for ObjectPool {
 }
 
 /// The answer cache with a short time to live and bounds on entries and bytes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct CacheTtl {
     /// Off: answers live for `baseline.cacheTtl`, and nothing but that and a fixed cap of the process bounds them.
     pub enabled: bool,
     /// Age after which an answer is not served any more; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub ttl: Duration,
     /// Answers kept at most, 1 to 10,000,000.
     pub max_entries: u32,
     /// Bytes kept at most, keys and book-keeping included; 64 KiB to 64 GiB.
     #[serde(with = "units::bytes")]
+    #[schemars(schema_with = "units::bytes::schema")]
     pub memory_limit: u64,
 }
 
@@ -398,7 +414,7 @@ impl Default for CacheTtl {
 }
 
 /// Memory is given back before the container's limit is reached: a share of the answer cache and all pooled buffers.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Evict {
     /// Off: only the cache's own bounds free anything. Without a limit of the container nothing is ever evicted.
@@ -411,6 +427,7 @@ pub struct Evict {
     pub fraction: f64,
     /// Time between two evictions, in which the allocator gives the pages back; 1 s or more.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub cooldown: Duration,
 }
 
@@ -421,7 +438,7 @@ impl Default for Evict {
 }
 
 /// Results are handed on as they are, in batches of bounded size, and a batch that is refused is split.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct BatchLimit {
     /// Off: all pending results are copied and sent as one batch, which is lost when it is refused.
@@ -430,6 +447,7 @@ pub struct BatchLimit {
     pub max_items: u32,
     /// Bytes of one batch, 1 KiB to 64 MiB; one result that is larger is a batch of its own.
     #[serde(with = "units::bytes")]
+    #[schemars(schema_with = "units::bytes::schema")]
     pub max_bytes: u64,
 }
 
@@ -440,7 +458,7 @@ impl Default for BatchLimit {
 }
 
 /// Switches of the group `connections`.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Connections {
     /// One connection pool for all experts.
@@ -448,7 +466,7 @@ pub struct Connections {
 }
 
 /// One connection pool for all experts.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Unified {
     /// Off: each expert has a pool of its own, as `baseline` says.
@@ -459,9 +477,11 @@ pub struct Unified {
     pub total: u32,
     /// How long an idle connection is kept; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub keep_alive: Duration,
     /// How long a request waits for a connection before it fails as `busy`; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub acquire_timeout: Duration,
     /// Who uses the pool: names of experts, `results` for the collector, or `*` for all. The others, and the requests
     /// above `percent`, go on as the baseline does, so that services can be moved one by one.
@@ -473,14 +493,16 @@ pub struct Unified {
     /// How long a name's addresses are remembered, 0s to 5m. The system tells no time to live of its own; cluster
     /// DNS says 30 s.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub dns_ttl: Duration,
     /// Age after which a connection is given no more requests, so that traffic follows the experts' pods; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub max_age: Duration,
 }
 
 /// Whether connections carry many requests at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Http2 {
     /// Where TLS agrees on it.
@@ -510,7 +532,7 @@ impl Default for Unified {
 }
 
 /// Switches of the group `monitoring`.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Monitoring {
     /// Points are recorded when something changed, not by the clock.
@@ -522,22 +544,26 @@ pub struct Monitoring {
 }
 
 /// Points are recorded when a value changed, or when a heartbeat is due.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct AdaptiveSampling {
     /// Off: a point every `baseline.sampleInterval`.
     pub enabled: bool,
     /// Probe interval at the start and while a value moves a little; `min` to `probeMax`.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub base: Duration,
     /// Probe interval while a value moves a lot; 100 ms or more.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub min: Duration,
     /// Longest probe interval: a lasting step is recorded within this plus `min`, twice at the most.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub probe_max: Duration,
     /// Longest silence of a series; `probeMax` to 290 s, since Prometheus looks back five minutes only.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub heartbeat: Duration,
     /// What is otherwise for a component.
     pub overrides: Overrides,
@@ -557,7 +583,7 @@ impl Default for AdaptiveSampling {
 }
 
 /// What is otherwise for a component.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Overrides {
     /// Resident memory, in bytes; a change is 2 % and 256 KiB.
@@ -581,14 +607,16 @@ impl Overrides {
 }
 
 /// How one component is watched. What is absent is as for all.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Override {
     /// As `base` for all.
     #[serde(with = "units::duration::option", skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub base: Option<Duration>,
     /// As `probeMax` for all.
     #[serde(with = "units::duration::option", skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub probe_max: Option<Duration>,
     /// Share of the last recorded value that counts as a change, 0.001 to 1.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -597,13 +625,14 @@ pub struct Override {
 
 /// Points sum up all that was seen since the last one: count, sum, least, greatest and last value, and a sketch of
 /// the distribution that can be merged with those of other points and processes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct PreAggregation {
     /// Off: a point is the value of one look.
     pub enabled: bool,
     /// Time between two points, 1 s to 1 h; with `adaptiveSampling` a point comes when that says so.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub window: Duration,
 }
 
@@ -614,7 +643,7 @@ impl Default for PreAggregation {
 }
 
 /// Bounds the series whose label values clients choose: who asks.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct CardinalityLimit {
     /// Off: each requester has series of its own, up to a fixed cap of the process.
@@ -630,19 +659,22 @@ impl Default for CardinalityLimit {
 }
 
 /// What "off" means: the path that each optimization is compared with.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Baseline {
     /// Connections of each expert's own pool, 1 to 10,000.
     pub per_host: u32,
     /// How long an idle connection of such a pool is kept; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub keep_alive: Duration,
     /// Age after which a cached answer is not served any more; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub cache_ttl: Duration,
     /// Fixed interval of the monitoring points; 1 s or more.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub sample_interval: Duration,
 }
 
@@ -658,7 +690,7 @@ impl Default for Baseline {
 }
 
 /// Trust in services whose URL begins with `https`.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Tls {
     /// A PEM file of authorities to trust besides the public ones. Read when a connection pool is made.
@@ -710,6 +742,12 @@ impl Config {
         })?;
         config.validate()?;
         Ok(config)
+    }
+
+    /// What a file may say, as JSON Schema (2020-12), for editors and for checks before a deployment. Ranges and rules
+    /// between fields are told in the descriptions; [`Config::parse`] holds them.
+    pub fn schema() -> String {
+        format!("{:#}", schemars::schema_for!(Self).as_value())
     }
 
     /// Checks every rule that types alone do not keep; all faults are reported at once.
@@ -1135,9 +1173,7 @@ mod tests {
         assert_eq!(config.dispatch.quorum, None);
     }
 
-    #[test]
-    fn the_whole_schema_is_read_and_written() {
-        let file = r#"
+    const WHOLE: &str = r#"
             server: {listen: "0.0.0.0:8080", admin: "0.0.0.0:9090", maxInFlight: 1024, bodyLimit: 1MiB, apiKeys: {file: /keys},
                      rateLimit: {perSecond: 10, burst: 20}, drain: {delay: 5s, timeout: 25s}}
             experts:
@@ -1162,10 +1198,53 @@ mod tests {
                 cardinalityLimit: {enabled: true, maxSeries: 1000}
             baseline: {perHost: 10, keepAlive: 15s, cacheTtl: 4h, sampleInterval: 5s}
             tls: {caFile: /etc/synthex/ca.pem}"#;
+
+    #[test]
+    fn the_whole_schema_is_read_and_written() {
+        let file = WHOLE;
         let config = Config::parse(file.as_bytes()).expect("valid");
         assert!(config.optimizations.memory.cache_ttl.enabled);
         let again = serde_saphyr::to_string(&config).expect("writable");
         assert_eq!(Config::parse(again.as_bytes()).expect("valid again"), config);
+    }
+
+    /// Every field that is written is in the schema, and nothing else may be.
+    fn covered(schema: &serde_json::Value, part: &serde_json::Value, path: &str, value: &serde_json::Value) {
+        let resolve = |part: &serde_json::Value| match part["$ref"].as_str() {
+            Some(to) => schema.pointer(to.trim_start_matches('#')).expect(path).clone(),
+            None => part.clone(),
+        };
+        // An optional part is the part or null.
+        let part = resolve(part["anyOf"].get(0).unwrap_or(part));
+        assert!(
+            part["description"].is_string() || path.is_empty() || part["type"].is_array(),
+            "{path} is not told"
+        );
+        match value {
+            serde_json::Value::Object(fields) if part["properties"].is_object() => {
+                assert_eq!(part["additionalProperties"], false, "{path}");
+                for (name, value) in fields {
+                    let field = &part["properties"][name];
+                    assert!(field.is_object(), "{path}.{name} is not in the schema");
+                    covered(schema, field, &format!("{path}.{name}"), value);
+                }
+            }
+            serde_json::Value::Array(items) => {
+                for item in items.iter().filter(|item| item.is_object()) {
+                    covered(schema, &part["items"], path, item);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn the_schema_tells_every_field() {
+        let schema: serde_json::Value = serde_json::from_str(&Config::schema()).expect("JSON");
+        let config = Config::parse(WHOLE.as_bytes()).expect("valid");
+        let written = serde_json::to_value(config).expect("JSON");
+        covered(&schema, &schema, "", &written);
+        assert_eq!(schema["required"], serde_json::json!(["experts"]));
     }
 
     #[test]

@@ -21,6 +21,9 @@ async fn a_new_file_is_in_force_at_once() {
     assert!(begun.elapsed().as_secs() < 4, "{:?}", begun.elapsed());
     let shown = running.config().await;
     assert_eq!(shown["generation"], 2);
+    let schema = common::get(running.admin, "/schema").await;
+    assert_eq!(schema.header("content-type"), "application/schema+json");
+    assert_eq!(schema.json()["title"], "Config");
     assert_eq!(shown["rejected"], Value::Null);
     assert_eq!(shown["optimizations"]["connections"]["unified"]["enabled"], true);
     assert_eq!(shown["optimizations"]["connections"]["unified"]["keepAlive"], "30s");
