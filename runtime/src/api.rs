@@ -20,11 +20,14 @@ use serde::Serialize;
 use serde_json::{json, value::RawValue};
 
 use crate::{
+    config::Config,
     dispatch::{self, Answer},
+    experts::Expert,
     metrics::{self, Outcome, Verdict},
+    monitoring::Point,
     pool::Buffer,
     query::Query,
-    state::{Expert, Runtime, Snapshot},
+    state::{Runtime, Snapshot},
 };
 
 /// An answer, whole in memory.
@@ -134,20 +137,22 @@ pub(crate) fn admin(runtime: &Runtime, request: &Request<Incoming>) -> Reply {
         return reply;
     }
     let path = request.uri().path();
-    if !matches!(path, "/metrics" | "/config" | "/points") {
-        return not_found("GET /metrics, GET /config, GET /points, GET /livez, GET /readyz");
+    if !matches!(path, "/metrics" | "/config" | "/points" | "/schema") {
+        return not_found("GET /metrics, GET /config, GET /schema, GET /points, GET /livez, GET /readyz");
     }
     if request.method() != Method::GET && request.method() != Method::HEAD {
         return not_allowed("GET, HEAD");
     }
     match path {
         "/metrics" => reply(StatusCode::OK, metrics::CONTENT_TYPE, runtime.encode_metrics().into()),
+        "/schema" => reply(StatusCode::OK, SCHEMA, Config::schema().into()),
         "/points" => {
             let points: serde_json::Map<_, _> = runtime
+                .metrics
                 .store
                 .points()
                 .into_iter()
-                .map(|(name, points)| (name.to_owned(), json!(points)))
+                .map(|(series, points)| (series, points.iter().map(point).collect()))
                 .collect();
             reply(StatusCode::OK, JSON, json!(points).to_string().into())
         }
@@ -163,6 +168,17 @@ pub(crate) fn admin(runtime: &Runtime, request: &Request<Incoming>) -> Reply {
             });
             reply(StatusCode::OK, JSON, shown.to_string().into())
         }
+    }
+}
+
+/// A recorded point: seconds since the epoch, value and, with `preAggregation`, what was seen since the last one.
+fn point(point: &Point) -> serde_json::Value {
+    match &point.summary {
+        None => json!([point.time, point.value]),
+        Some(s) => json!([point.time, point.value, {
+            "count": s.count, "sum": s.sum, "min": s.min, "max": s.max, "p50": s.p50, "p99": s.p99,
+            "ddsketch": s.hex(),
+        }]),
     }
 }
 
@@ -245,15 +261,23 @@ async fn query(
     };
     let mut buffer = snapshot.buffer();
     let rows = answers.iter().map(Row::from).collect();
-    let reply = if verdict == Verdict::Error {
+    let (status, body) = if verdict == Verdict::Error {
         missed(&id, &answers, rows, ok, quorum, buffer)
     } else {
         // Strings, numbers and raw JSON written to memory: serde_json has no error for these.
         let written = serde_json::to_writer(&mut *buffer, &Answers { id: &id, answers: rows, partial });
         debug_assert!(written.is_ok());
-        reply(StatusCode::OK, JSON, buffer.freeze())
+        (StatusCode::OK, buffer.freeze())
     };
-    runtime.metrics.count(verdict);
+    if let Some(collector) = &snapshot.collector {
+        let (requester, outcome) = (&query.requester, verdict.as_str());
+        runtime.results.push(collector, requester, outcome, started.elapsed(), &body);
+    }
+    let mut reply = reply(status, if status == StatusCode::OK { JSON } else { PROBLEM }, body);
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        retry_later(&mut reply);
+    }
+    runtime.metrics.count_of(&query.requester, verdict);
     runtime.metrics.query_duration.observe(started.elapsed().as_secs_f64());
     Ok(reply)
 }
@@ -266,10 +290,12 @@ fn missed(
     ok: usize,
     quorum: usize,
     mut buffer: Buffer,
-) -> Reply {
+) -> (StatusCode, Bytes) {
     let failures = || answers.iter().filter_map(|answer| answer.result.as_ref().err().map(|f| f.outcome));
     let (status, kind, title) = if failures().all(|o| o == Outcome::Busy) {
         (StatusCode::SERVICE_UNAVAILABLE, "busy", "No connection to the experts was free in time")
+    } else if failures().all(|o| matches!(o, Outcome::Busy | Outcome::Open)) {
+        (StatusCode::SERVICE_UNAVAILABLE, "unwell", "The experts are left alone, since they failed")
     } else if failures().all(|o| matches!(o, Outcome::Busy | Outcome::Timeout)) {
         (StatusCode::GATEWAY_TIMEOUT, "timeout", "The experts did not answer in time")
     } else {
@@ -286,11 +312,7 @@ fn missed(
     };
     let written = serde_json::to_writer(&mut *buffer, &body);
     debug_assert!(written.is_ok());
-    let mut reply = reply(status, PROBLEM, buffer.freeze());
-    if status == StatusCode::SERVICE_UNAVAILABLE {
-        retry_later(&mut reply);
-    }
-    reply
+    (status, buffer.freeze())
 }
 
 /// Reads a body up to the limit.
@@ -365,6 +387,7 @@ fn choose(snapshot: &Snapshot, query: &Query<'_>) -> Result<Vec<Arc<Expert>>, St
 }
 
 const JSON: &str = "application/json";
+const SCHEMA: &str = "application/schema+json";
 const PROBLEM: &str = "application/problem+json";
 const TEXT: &str = "text/plain; charset=utf-8";
 

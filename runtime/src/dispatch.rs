@@ -1,7 +1,7 @@
 //! One query to many experts: cache, call, deadline.
 //!
-//! Knows queries, caches and connections; knows nothing of the client's HTTP. Never fails as a whole: each expert has
-//! an answer or a failure of its own.
+//! Knows queries, caches and experts; knows nothing of the client's HTTP. Never fails as a whole: each expert has an
+//! answer or a failure of its own.
 
 use std::{
     sync::Arc,
@@ -10,21 +10,16 @@ use std::{
 
 use bytes::Bytes;
 use futures::future::join_all;
-use http_body_util::Full;
-use hyper::{
-    HeaderMap, Method, Request,
-    header::{ACCEPT, CONTENT_TYPE, HOST, HeaderName, HeaderValue},
-};
+use hyper::header::HeaderValue;
 use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
-use tokio::time::timeout_at;
 
 use crate::{
     cache::Key,
-    connections,
+    experts::{Expert, Failure, Question},
     metrics::{Metrics, Outcome},
     query::{Query, Tree},
-    state::{Expert, Snapshot},
+    state::Snapshot,
 };
 
 /// What one expert said to a query.
@@ -34,13 +29,6 @@ pub(crate) struct Answer {
     pub(crate) result: Result<Arc<RawValue>, Failure>,
     pub(crate) cached: bool,
     pub(crate) took: Duration,
-}
-
-/// Why an expert has no answer.
-#[derive(Debug)]
-pub(crate) struct Failure {
-    pub(crate) outcome: Outcome,
-    pub(crate) detail: String,
 }
 
 /// The bodies for the experts: one that all share, or a tree to be copied for each.
@@ -89,7 +77,7 @@ pub(crate) async fn ask(
 
     join_all(experts.into_iter().map(|expert| {
         let (body, digest) = bodies.next();
-        let id = id.clone();
+        let question = Question { query, body, id: id.clone() };
         async move {
             let started = Instant::now();
             let key = digest.map(|body| Key { expert: expert.identity.clone(), body });
@@ -100,7 +88,7 @@ pub(crate) async fn ask(
                     return Answer { expert, result: Ok(answer), cached: true, took: started.elapsed() };
                 }
             }
-            let result = call(&expert, body, id, started, deadline).await;
+            let result = expert.ask(question, started, deadline).await;
             let took = started.elapsed();
             expert.metrics.count(result.as_ref().map_or_else(|failure| failure.outcome, |_| Outcome::Ok));
             expert.metrics.duration.observe(took.as_secs_f64());
@@ -119,44 +107,4 @@ pub(crate) async fn ask(
         }
     }))
     .await
-}
-
-/// One call, within the expert's time-out and the query's deadline.
-async fn call(
-    expert: &Expert,
-    body: Bytes,
-    id: HeaderValue,
-    started: Instant,
-    deadline: Instant,
-) -> Result<Arc<RawValue>, Failure> {
-    let mut request = Request::new(Full::new(body));
-    *request.method_mut() = Method::POST;
-    *request.uri_mut() = expert.path.clone();
-    let headers: &mut HeaderMap = request.headers_mut();
-    headers.insert(HOST, expert.host.clone());
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
-    headers.insert(HeaderName::from_static("x-request-id"), id);
-
-    let limit = deadline.min(started + expert.config.timeout);
-    let fail = |outcome, detail| Err(Failure { outcome, detail });
-    let answer = match timeout_at(limit.into(), expert.route.send(request, &expert.metrics)).await {
-        Ok(Ok(answer)) => answer,
-        Err(_) => return fail(Outcome::Timeout, format!("no answer within {:?}", limit - started)),
-        Ok(Err(error)) => {
-            let outcome = match error {
-                connections::Error::Busy(_) => Outcome::Busy,
-                connections::Error::Connect(_) | connections::Error::Broken(_) => Outcome::Connect,
-                connections::Error::TooLarge => Outcome::Invalid,
-            };
-            return fail(outcome, error.to_string());
-        }
-    };
-    if !answer.status.is_success() {
-        return fail(Outcome::Status, format!("the expert answered {}", answer.status));
-    }
-    match serde_json::from_slice::<Box<RawValue>>(&answer.body) {
-        Ok(json) => Ok(Arc::from(json)),
-        Err(error) => fail(Outcome::Invalid, format!("the answer is no JSON document: {error}")),
-    }
 }

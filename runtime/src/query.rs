@@ -21,11 +21,11 @@ const MAX_DEPTH: usize = 64;
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(crate) struct Query<'a> {
     #[serde(borrow)]
-    title: Cow<'a, str>,
+    pub(crate) title: Cow<'a, str>,
     #[serde(borrow)]
-    content: Cow<'a, str>,
+    pub(crate) content: Cow<'a, str>,
     #[serde(borrow)]
-    requester: Cow<'a, str>,
+    pub(crate) requester: Cow<'a, str>,
     /// Names of the experts to ask; absent: all.
     #[serde(borrow, default)]
     pub(crate) experts: Option<Vec<Cow<'a, str>>>,
@@ -122,6 +122,10 @@ fn render<S: Serialize, F: Serialize>(body: &Body<'_, S, F>, to: &mut Vec<u8>) {
 impl<'a> Query<'a> {
     /// Reads a request body. The error is for the client.
     pub(crate) fn parse(body: &'a [u8]) -> Result<Self, String> {
+        // A list would be read as well, as the fields in their order.
+        if body.trim_ascii_start().first() == Some(&b'[') {
+            return Err("the body is not a query: it is a list, and must be an object".to_owned());
+        }
         serde_json::from_slice(body).map_err(|error| format!("the body is not a query: {error}"))
     }
 
@@ -211,6 +215,7 @@ mod tests {
             (&b""[..], "EOF"),
             (b"null", "struct Query"),
             (b"{}", "missing field"),
+            (br#"["","",""]"#, "must be an object"),
             (br#"{"title":"","content":"","requester":1}"#, "string"),
             (br#"{"title":"","content":"","requester":"","nocache":true}"#, "noCache"),
             (br#"{"title":"","content":"","requester":"","metadata":[]}"#, "a JSON object"),

@@ -13,7 +13,7 @@ use std::{
 };
 
 use common::{
-    config, eventually, get, instant, mocks, post, query, slow, start, start_with, switch, try_post,
+    config, eventually, get, instant, mocks, post, query, scripted, slow, start, start_with, switch, try_post,
 };
 use hyper::Request;
 use serde_json::{Value, json};
@@ -22,25 +22,6 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
-
-/// An expert that says these bytes to each request, and closes the connection if `close`.
-async fn scripted(says: &'static [u8], close: bool) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                let mut request = [0; 65_536];
-                while stream.read(&mut request).await.is_ok_and(|n| n > 0) {
-                    if stream.write_all(says).await.is_err() || close {
-                        return;
-                    }
-                }
-            });
-        }
-    });
-    address
-}
 
 fn one(expert: SocketAddr, change: impl FnOnce(&mut Value)) -> Value {
     config(expert, |c| {
@@ -161,6 +142,170 @@ async fn connections_are_used_again() {
         }
         assert!(opened <= 6.0, "{opened} connections for 60 calls, one after the other");
     }
+}
+
+/// An expert of the seed's kind, and a model: what they are sent, and that their answers are passed on.
+#[tokio::test]
+async fn each_kind_is_asked_in_its_own_way() {
+    let expert = mocks(instant()).await;
+    for (entry, path, body) in [
+        (
+            json!({"url": format!("http://{expert}/api/"), "tool": "search"}),
+            "/api/tools/search",
+            r#"{"title":"Question 1","content":"why?","requester":"tester"}"#,
+        ),
+        (
+            json!({"url": format!("http://{expert}/v1"), "kind": "openai", "model": "m\"1"}),
+            "/v1/chat/completions",
+            r#"{"model":"m\"1","messages":[{"role":"user","content":"Question 1\n\nwhy?"}]}"#,
+        ),
+    ] {
+        let running = start(&config(expert, |c| {
+            c["experts"] = json!([entry]);
+            c["experts"][0]["name"] = "alpha".into();
+        }))
+        .await;
+        let answer = running.ask(&query(1)).await.json()["answers"][0]["answer"].clone();
+        assert_eq!(answer["path"], path);
+        assert_eq!(answer["digest"], common::digest(path, body));
+        assert_eq!(running.ask(&query(1)).await.json()["answers"][0]["cached"], true);
+    }
+}
+
+/// Counts requests, and answers the first `refused` of them with `says`.
+async fn refusing(refused: usize, says: &'static str) -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, count) = (listener.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));
+    let counted = count.clone();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let count = counted.clone();
+            tokio::spawn(async move {
+                let mut request = [0; 65_536];
+                while stream.read(&mut request).await.is_ok_and(|n| n > 0) {
+                    let says = match count.fetch_add(1, Ordering::Relaxed) < refused {
+                        true => says,
+                        false => "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}",
+                    };
+                    stream.write_all(says.as_bytes()).await.unwrap();
+                }
+            });
+        }
+    });
+    (address, count)
+}
+
+#[tokio::test]
+async fn only_what_did_nothing_is_tried_again() {
+    const RETRIES: &str = r#"synthex_runtime_upstream_retries_total{service="alpha"}"#;
+    for (says, max, refused, status, requests) in [
+        ("HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n", 1, 1, 200, 2),
+        ("HTTP/1.1 429 No\r\nretry-after: 0\r\ncontent-length: 0\r\n\r\n", 2, 2, 200, 3),
+        ("HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n", 2, 9, 502, 3),
+        ("HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n", 0, 1, 502, 1),
+        // Longer than the call may take.
+        ("HTTP/1.1 503 No\r\nretry-after: 9\r\ncontent-length: 0\r\n\r\n", 1, 1, 502, 1),
+        // It may have done something.
+        ("HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n", 1, 1, 502, 1),
+        ("HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\n{", 1, 1, 502, 1),
+    ] {
+        let (expert, count) = refusing(refused, says).await;
+        let running = start(&one(expert, |c| {
+            c["experts"][0]["timeout"] = "5s".into();
+            c["dispatch"] = json!({"retries": {"max": max, "backoff": "1ms"}});
+        }))
+        .await;
+        assert_eq!(running.ask(&query(1)).await.status, status, "{says:?}");
+        assert_eq!(count.load(Ordering::Relaxed), requests, "{says:?}");
+        assert_eq!(running.metric(RETRIES).await, (requests - 1) as f64);
+    }
+}
+
+#[tokio::test]
+async fn retries_stay_within_their_budget() {
+    let (expert, count) = refusing(usize::MAX, "HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n").await;
+    let running = start(&one(expert, |c| {
+        c["dispatch"] = json!({"retries": {"backoff": "1ms"}, "breaker": {"enabled": false}});
+    }))
+    .await;
+    for n in 0..100 {
+        assert_eq!(running.ask(&query(n)).await.status, 502);
+    }
+    let requests = count.load(Ordering::Relaxed);
+    assert!(
+        (110..=120).contains(&requests),
+        "{requests} requests for 100 queries: ten, and ten in a hundred more"
+    );
+}
+
+#[tokio::test]
+async fn the_breaker_leaves_a_failing_expert_alone_and_tries_it_again() {
+    let (expert, count) = refusing(4, "HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n").await;
+    let running = start(&one(expert, |c| {
+        c["dispatch"] = json!({"breaker": {"failures": 3, "openFor": "200ms"}});
+    }))
+    .await;
+    let state = async |name: &str| {
+        running.metric(&format!("synthex_runtime_breaker_state{{service=\"alpha\",state=\"{name}\"}}")).await
+    };
+    assert_eq!(state("closed").await, 1.0);
+    for n in 0..3 {
+        assert_eq!(running.ask(&query(n)).await.json()["answers"][0]["error"], "status");
+    }
+    assert_eq!((state("closed").await, state("open").await), (0.0, 1.0));
+    let refused = running.ask(&query(3)).await;
+    assert_eq!(refused.json()["answers"][0]["error"], "open", "{refused:?}");
+    assert_eq!((refused.status.as_u16(), count.load(Ordering::Relaxed)), (503, 3), "nobody was asked");
+    // What was learnt outlives a configuration that leaves the expert as it is.
+    running
+        .apply(&one(expert, |c| {
+            c["dispatch"] = json!({"breaker": {"failures": 3, "openFor": "200ms"}, "deadline": "9s"});
+        }))
+        .await;
+    // The first trial fails as well, the second does not.
+    let answered = common::eventually("the breaker closes", async || {
+        let reply = running.ask(&query(4)).await;
+        (reply.status == 200).then_some(count.load(Ordering::Relaxed))
+    });
+    assert_eq!(answered.await, 5, "one trial at a time");
+    assert_eq!((state("closed").await, state("open").await), (1.0, 0.0));
+    assert_eq!(running.metric(r#"synthex_runtime_breaker_opened_total{service="alpha"}"#).await, 2.0);
+}
+
+#[tokio::test]
+async fn an_expert_is_shown_its_credential_and_nobody_else() {
+    let (sent, received) = tokio::sync::mpsc::unbounded_channel();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let expert = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = vec![0; 65_536];
+            let n = stream.read(&mut request).await.unwrap();
+            sent.send(String::from_utf8_lossy(&request[..n]).into_owned()).unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").await.unwrap();
+        }
+    });
+    let (folder, mut received) = (common::Folder::new(), received);
+    let file = folder.0.join("key");
+    std::fs::write(&file, "s3cret\n").unwrap();
+    let running = start(&one(expert, |c| {
+        c["experts"][0]["credential"] = json!({"from": {"file": file}});
+    }))
+    .await;
+    running.ask(&query(1)).await;
+    let request = received.recv().await.unwrap();
+    assert!(request.contains("authorization: Bearer s3cret\r\n"), "{request}");
+    assert!(!running.config().await.to_string().contains("s3cret"));
+
+    // A file that is not there is refused with the field's name, and the old configuration stays.
+    running.rewrite(
+        &one(expert, |c| c["experts"][0]["credential"] = json!({"from": {"file": "/no/such"}})).to_string(),
+    );
+    let reason = eventually("refused", async || {
+        running.config().await["rejected"]["reason"].as_str().map(str::to_owned)
+    })
+    .await;
+    assert!(reason.contains("experts[0].credential.from") && reason.contains("/no/such"), "{reason}");
 }
 
 #[tokio::test]

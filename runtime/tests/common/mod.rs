@@ -13,11 +13,13 @@ use http_body_util::{BodyExt, Full};
 use hyper::{HeaderMap, Request, StatusCode, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use synthex_runtime::{
     load::experts::{self, Behaviour},
     server::{Options, Patience, Server},
 };
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::oneshot,
     task::JoinHandle,
@@ -56,6 +58,27 @@ pub async fn mocks(behaviour: Behaviour) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(experts::serve(listener, behaviour));
+    address
+}
+
+/// An expert that says these bytes to each request, and closes the connection if `close`.
+pub async fn scripted(says: impl Into<Vec<u8>>, close: bool) -> SocketAddr {
+    let says = Bytes::from(says.into());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let says = says.clone();
+            tokio::spawn(async move {
+                let mut request = [0; 65_536];
+                while stream.read(&mut request).await.is_ok_and(|n| n > 0) {
+                    if stream.write_all(&says).await.is_err() || close {
+                        return;
+                    }
+                }
+            });
+        }
+    });
     address
 }
 
@@ -225,4 +248,10 @@ pub async fn try_send(to: SocketAddr, mut request: Request<Full<Bytes>>) -> Resu
 
 pub fn query(n: usize) -> Value {
     json!({"title": format!("Question {n}"), "content": "why?", "requester": "tester"})
+}
+
+/// What the mock expert at `path` answers as `digest` to this body.
+pub fn digest(path: &str, body: &str) -> String {
+    let digest = Sha256::digest(format!("{path}\n{body}"));
+    digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
