@@ -32,7 +32,7 @@ pub type Object = Map<String, Value>;
     printcolumn(name = "Worst KPI", type_ = "string", json_path = ".status.summary.worstKpi"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(name = "Rolled back", type_ = "string", json_path = ".status.summary.rolledBack", priority = 1),
-    printcolumn(name = "Cause", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = 1)
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = 1)
 )]
 #[serde(rename_all = "camelCase")]
 pub struct OptimizationRolloutSpec {

@@ -21,7 +21,7 @@ use crate::api::{
 /// Ticks between two checkpoints of the evidence in status: 5 minutes at the default interval.
 const CHECKPOINT_TICKS: i64 = 20;
 
-/// Cause and message of the `Stalled` condition, while it is True.
+/// Reason and message of the `Stalled` condition, while it is True.
 pub fn stalled(status: &RolloutStatus) -> Option<(&str, &str)> {
     let condition = status
         .conditions

@@ -101,7 +101,7 @@ pub enum Place {
 /// Why a specification cannot be followed, and what to change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// Cause of the `Stalled` condition, CamelCase.
+    /// Reason of the `Stalled` condition, CamelCase.
     pub reason: &'static str,
     /// What is wrong, where, and the remedy.
     pub message: String,

@@ -248,7 +248,7 @@ fn unlike_pods_widen_what_is_called_equal() {
     // Errors of 60, 100 and 140 in each block: (60-100)² and (140-100)² in 10 blocks, less what counting explains.
     let found = learn(&[vec![60; 10], vec![100; 10], vec![140; 10]]);
     let c = 2.0 / 3.0;
-    let expected = ((2.0 * 1600.0 - c * 300.0) / (c * 3.0 * 10_000.0) as f64).sqrt();
+    let expected = f64::sqrt((2.0 * 1600.0 - c * 300.0) / (c * 3.0 * 10_000.0));
     assert!((found.spread[0] - expected).abs() < 1e-4, "{} {expected}", found.spread[0]);
     // Never more than the cautious end, and that where pods are too few.
     assert_eq!(learn(&[vec![1; 10], vec![100; 10], vec![900; 10]]).spread, [CAUTIOUS]);

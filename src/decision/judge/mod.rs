@@ -21,7 +21,7 @@ pub use eprocess::{alarm_at, effective_tolerance};
 pub use power::pooled;
 pub use preflight::{CAUTIOUS, LEAST, Lesson, beginning};
 pub use query::{excerpt, quote};
-pub use samples::{Answer, Bucket, Samples, Series};
+pub use samples::{Answer, Bucket, NativePoint, Samples, Series};
 
 /// Unix time in whole seconds; on the grid it is a multiple of the analysis interval.
 pub type Tick = i64;

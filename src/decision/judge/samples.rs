@@ -35,6 +35,10 @@ pub struct Bucket {
     pub native: bool,
 }
 
+/// A sample of a native histogram: its time, the count of all values and, by rising upper bound, the values up to it and above the
+/// bound before.
+pub type NativePoint = (Tick, f64, Vec<(f64, f64)>);
+
 /// The series of one answer.
 pub type Samples = Vec<Series>;
 
@@ -62,9 +66,8 @@ impl Series {
         Self { pod, instance, job, labels: canonical(labels), bucket, points }
     }
 
-    /// The buckets of a native histogram as the series of a classic one, up to `le="+Inf"`. `points` holds for each time the count
-    /// of all values and, by rising upper bound, the values up to it and above the bound before.
-    pub fn of_native(labels: &BTreeMap<String, String>, points: &[(Tick, f64, Vec<(f64, f64)>)]) -> Samples {
+    /// The buckets of a native histogram as the series of a classic one, up to `le="+Inf"`.
+    pub fn of_native(labels: &BTreeMap<String, String>, points: &[NativePoint]) -> Samples {
         let mut bounds: Vec<f64> =
             points.iter().flat_map(|(_, _, buckets)| buckets.iter().map(|(bound, _)| *bound)).collect();
         bounds.sort_by(f64::total_cmp);
