@@ -262,7 +262,9 @@ pub struct KpiStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detectable: Option<f64>,
     /// Time in which a doubling would be found, at the traffic seen so far.
+    // Without the rule on durations: in a list it costs the API server more than all other rules together may.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
     pub doubling_found_in: Option<Duration>,
     /// Checkpoint from which the same evidence is folded again after a restart.
     #[serde(skip_serializing_if = "Option::is_none")]
