@@ -319,11 +319,7 @@ async fn learn(
     });
     let mut unlearned = vec![];
     for (lesson, learned) in stream::iter(rounds).buffered(4).collect::<Vec<_>>().await {
-        match learned {
-            Ok(Some(preflight)) => machine::learn(status, preflight),
-            Ok(None) => unlearned.push(machine::unlearned(&lesson.kpi, None)),
-            Err(health) => unlearned.push(machine::unlearned(&lesson.kpi, Some(&health))),
-        }
+        unlearned.extend(machine::learn(status, &lesson, learned));
     }
     unlearned
 }

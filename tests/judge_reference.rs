@@ -163,6 +163,7 @@ fn preflight(pods: i32, spread: Vec<f64>) -> Preflight {
         track: Track::Production,
         until: 0,
         pods,
+        cautious_until: None,
         spread,
         bounds: vec![],
         native: false,

@@ -457,7 +457,7 @@ async fn lived(object: &mut OptimizationRollout, prometheus: &Prometheus, ticks:
             for query in lesson.queries() {
                 answers.push(prometheus.range(&query, lesson.from(), lesson.until, lesson.block).await);
             }
-            machine::learn(status, lesson.learn(&answers).unwrap().unwrap());
+            assert_eq!(machine::learn(status, &lesson, lesson.learn(&answers)), None);
         }
         let Some(inquiry) = machine::inquiry(&rollout, status, now) else { continue };
         let mut judged: Vec<KpiStatus> = vec![];

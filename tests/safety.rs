@@ -128,6 +128,7 @@ fn status(kpis: &[KpiStatus]) -> RolloutStatus {
             track: Track::Production,
             until: NOW - 1500,
             pods: 8,
+            cautious_until: None,
             spread: vec![0.1; spread],
             bounds: vec![],
             native: false,

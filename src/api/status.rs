@@ -381,6 +381,10 @@ pub struct Preflight {
     /// Pods from which the spread was learned; 0 where they or their past were too few, so that the cautious end of the range is
     /// taken.
     pub pods: i32,
+    /// Unix time in seconds of the tick up to which the cautious end was taken all the same, where the pods' past was too short at
+    /// first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cautious_until: Option<i64>,
     /// How much pods that do the same work differ: the standard deviation of the logarithm of the share (one for each bound of
     /// a latency), or of a gauge's logarithm and of its plain value.
     pub spread: Vec<f64>,

@@ -132,21 +132,52 @@ pub fn lessons(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Vec
         off.dedup();
     }
     let on = names(status, OptimizationState::Active);
-    judged(rollout, stage, &on)
-        .filter(|kpi| kpi.is_tested() && learned(status, kpi, track).is_none())
-        .filter(|kpi| evidence_from(rollout, stage, Some(kpi)).is_some_and(|from| until >= from))
-        .map(|kpi| Lesson::over(kpi, track, &rollout.namespace, off.clone(), until, span, step))
-        .collect()
+    // Where there are pods enough to learn from, and only their past was too short, it is tried again while it grows.
+    let place = planned(rollout, stage).map(|planned| &planned.place);
+    let pods = match place {
+        Some(Place::Weight(weight)) => {
+            let replicas = Replicas::at(rollout.replicas, *weight, rollout.comparison);
+            replicas.stable + replicas.baseline
+        }
+        _ => arms.baseline.as_ref().map_or(0, |arm| arm.pods),
+    };
+    let exposed = stage.exposed_at.as_ref().map_or(until, |time| time.0.as_second());
+    let grows = pods >= judge::ENOUGH_PODS && until <= exposed + span + step;
+    let lesson = |kpi: &Kpi| {
+        let begun = learned(status, kpi, track);
+        let from = evidence_from(rollout, stage, Some(kpi))?;
+        let due = match begun {
+            None => until >= from,
+            Some(begun) => grows && begun.pods == 0 && until > begun.until,
+        };
+        due.then(|| Lesson {
+            begun: begun.cloned(),
+            ..Lesson::over(kpi, track, &rollout.namespace, off.clone(), until, span, step)
+        })
+    };
+    judged(rollout, stage, &on).filter(|kpi| kpi.is_tested()).filter_map(lesson).collect()
 }
 
-/// Notes what was learned, in the place of what did not fit.
-pub fn learn(status: &mut RolloutStatus, preflight: Preflight) {
-    status.preflight.retain(|known| known.kpi != preflight.kpi || known.track != preflight.track);
-    status.preflight.push(preflight);
+/// Notes what a lesson has taught. Gives back what is said of a KPI of which nothing is known yet, so that it cannot be judged.
+pub fn learn(
+    status: &mut RolloutStatus,
+    lesson: &Lesson,
+    taught: Result<Option<Preflight>, judge::AnswerHealth>,
+) -> Option<KpiStatus> {
+    match taught {
+        Ok(Some(preflight)) => {
+            status.preflight.retain(|known| known.kpi != preflight.kpi || known.track != preflight.track);
+            status.preflight.push(preflight);
+            None
+        }
+        _ if lesson.begun.is_some() => None,
+        Ok(None) => Some(unlearned(&lesson.kpi, None)),
+        Err(health) => Some(unlearned(&lesson.kpi, Some(&health))),
+    }
 }
 
 /// What is said of a KPI of which nothing could be learned yet.
-pub fn unlearned(kpi: &Kpi, health: Option<&judge::AnswerHealth>) -> KpiStatus {
+fn unlearned(kpi: &Kpi, health: Option<&judge::AnswerHealth>) -> KpiStatus {
     let why = "no request has been counted yet from which to tell what is slow".to_owned();
     Trial::waiting(kpi, health.unwrap_or(&judge::AnswerHealth::Blind(Cause::Idle, why)))
 }
@@ -625,6 +656,7 @@ impl Machine<'_> {
         let Some(planned) = self.rollout.stages.get(index) else { return };
         // What could not be learned is tried again; what was learned stays frozen, and so does what was said of it.
         self.status.preflight.retain(|known| known.pods > 0);
+        self.status.preflight.iter_mut().for_each(|known| known.cautious_until = None);
         let track = |stage: &Stage| match stage.place {
             Place::Staging(_) => Track::Staging,
             Place::Weight(_) => Track::Production,

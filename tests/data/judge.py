@@ -303,6 +303,9 @@ def bounds():
             slow = np.sort(times)[::-1][math.ceil(share * len(times)) - 1]
             below = np.searchsorted(edges, slow, side="left")
             found.append(les[max(below - 1, 0)])
+        if found[0] == found[1]:
+            # Wide buckets: the next larger bound shows what is rare.
+            found[1] = les[min(les.index(found[0]) + 1, len(les) - 1)]
         counts = [[int((times[pod::4] <= edge).sum()) for edge in edges] + [len(times[pod::4])] for pod in range(4)]
         cases.append({"name": name, "les": les, "counts": counts, "bounds": list(dict.fromkeys(found))})
     return cases

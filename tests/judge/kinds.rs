@@ -27,6 +27,7 @@ fn learned(pods: i32, spread: &[f64], bounds: &[&str]) -> Preflight {
         track: Track::Production,
         until: 0,
         pods,
+        cautious_until: None,
         spread: spread.to_vec(),
         bounds: bounds.iter().map(|bound| (*bound).to_owned()).collect(),
         native: false,
@@ -183,8 +184,11 @@ fn bounds_and_spread_are_learned_from_running_pods() {
     for (name, rows, pods, bounds, learned_pods) in [
         // 7 % above 0.25, 2 % above 1.0.
         ("both", [600, 330, 50, 20], 4, vec!["0.25", "1.0"], 4),
-        ("one for both", [600, 330, 65, 5], 4, vec!["0.25"], 4),
-        ("none is exceeded", [1000, 0, 0, 0], 4, vec!["0.1"], 4),
+        // One bound for both shares: the next larger one shows what is rare.
+        ("one for both", [600, 330, 65, 5], 4, vec!["0.25", "1.0"], 4),
+        ("nearly all exceed it", [50, 945, 5, 0], 4, vec!["0.1", "0.25"], 4),
+        ("none is exceeded", [1000, 0, 0, 0], 4, vec!["0.1", "0.25"], 4),
+        ("the largest there is", [0, 0, 0, 1000], 4, vec!["1.0"], 4),
         ("too few pods for a spread", [600, 330, 50, 20], 2, vec!["0.25", "1.0"], 0),
     ] {
         let found = lesson(latency()).learn(&[Answer::Series(samples(rows, pods))]).unwrap().unwrap();
@@ -255,6 +259,41 @@ fn unlike_pods_widen_what_is_called_equal() {
     assert_eq!(learn(&[vec![50; 10], vec![50; 10]]).pods, 0);
     assert_eq!(learn(&[vec![50; 10], vec![50; 10]]).spread, [CAUTIOUS]);
     assert_eq!(learn(&[]).pods, 0);
+}
+
+#[test]
+fn what_was_taken_cautiously_is_replaced_once_the_past_is_long_enough() {
+    let over = |until: Tick| {
+        Lesson::over(
+            &ratio(1.25, 0.001),
+            Track::Production,
+            "shop",
+            vec!["x-baseline".to_owned()],
+            until,
+            600,
+            STEP,
+        )
+    };
+    let begun = over(600).learn(&blocks(&[vec![50; 10], vec![50; 10]])).unwrap().unwrap();
+    assert_eq!((begun.pods, begun.until, begun.cautious_until), (0, 600, None));
+    let later = |pods: &[Vec<u64>]| {
+        let lesson = Lesson { begun: Some(begun.clone()), ..over(600) };
+        lesson.learn(&blocks(pods)).unwrap()
+    };
+    assert_eq!(later(&[vec![50; 10], vec![50; 10]]), None);
+    let found = later(&[vec![50; 10], vec![50; 10], vec![50; 10]]).unwrap();
+    assert_eq!((found.pods, found.until, found.cautious_until), (3, 600, Some(600)));
+    // Until then it is judged as if nothing were known, and from then on as what is known has it.
+    let (errors, total) = super::grown(&vec![[20, 500, 5, 500]; 8]);
+    let fold = |preflight: Preflight| {
+        let trial = with(ratio(1.25, 0.001), arms(1, 1), preflight);
+        trial.fold(beginning(0), &super::answers(&errors, &total), 0, 8 * STEP).0.shares[0].peak
+    };
+    let known = learned(3, &[LEAST], &[]);
+    let until = |tick: i64| Preflight { cautious_until: Some(tick * STEP), ..known.clone() };
+    assert_eq!(fold(until(0)), fold(known.clone()));
+    assert_eq!(fold(until(8)), fold(learned(0, &[CAUTIOUS], &[])));
+    assert!(fold(until(8)) < fold(until(4)) && fold(until(4)) < fold(until(0)));
 }
 
 /// One value per pod and tick, from tick 1 on.

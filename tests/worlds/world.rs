@@ -608,11 +608,8 @@ impl World {
             let asked = lesson.queries().into_iter().map(|query| {
                 self.prometheus.range(&query, lesson.from(), lesson.until, lesson.block, self.now)
             });
-            match lesson.learn(&asked.collect::<Vec<_>>()) {
-                Ok(Some(preflight)) => machine::learn(status, preflight),
-                Ok(None) => unlearned.push(machine::unlearned(&lesson.kpi, None)),
-                Err(health) => unlearned.push(machine::unlearned(&lesson.kpi, Some(&health))),
-            }
+            let learned = lesson.learn(&asked.collect::<Vec<_>>());
+            unlearned.extend(machine::learn(status, &lesson, learned));
         }
         let Some(mut inquiry) = machine::inquiry(rollout, status, now) else { return status.kpis.clone() };
         self.pass_time();

@@ -8,7 +8,7 @@ use std::f64::consts::PI;
 use crate::api::{Cause, Direction, Evidence, GaugeEvidence, GaugeSums, PodSums, Verdict};
 
 use super::{
-    AnswerHealth, Finding, Grid, Series, Trial,
+    AnswerHealth, Finding, Grid, Series, Tick, Trial,
     counters::{BASELINE, CANARY},
     power::{self, student_quantile, student_surprise},
     quote,
@@ -131,7 +131,7 @@ pub(super) fn fold(
             }
         }
         if whole && looks(evidence.fresh_ticks, trial.bake) {
-            look(gauge, &sums, evidence.fresh_ticks, &mut seen);
+            look(gauge, &sums, tick, evidence.fresh_ticks, &mut seen);
         }
     }
     let half_dropped = 2 * sums.dropped.0 > sums.dropped.1;
@@ -193,9 +193,9 @@ fn look_share(q: i32) -> f64 {
     (3.0 / (PI * PI * f64::from(q).powi(2))).ln()
 }
 
-fn look(gauge: &Compared<'_>, sums: &GaugeSums, ticks: i64, seen: &mut GaugeEvidence) {
+fn look(gauge: &Compared<'_>, sums: &GaugeSums, tick: Tick, ticks: i64, seen: &mut GaugeEvidence) {
     seen.looks += 1;
-    if let Some(level) = level(gauge, sums).filter(|level| level.df >= ENOUGH) {
+    if let Some(level) = level(gauge, sums, tick).filter(|level| level.df >= ENOUGH) {
         let t = (worse(gauge, &level) - tolerated(gauge, &level)) / error(&level);
         if t > 0.0 {
             seen.peak = seen.peak.max(student_surprise(t, level.df) + look_share(seen.looks));
@@ -229,7 +229,7 @@ fn error(level: &Level) -> f64 {
 
 /// The pods' means, and how much pods differ: the pre-flight's variance and that of the baseline's pods, each by its degrees of
 /// freedom.
-fn level(gauge: &Compared<'_>, sums: &GaugeSums) -> Option<Level> {
+fn level(gauge: &Compared<'_>, sums: &GaugeSums, tick: Tick) -> Option<Level> {
     let plain = sums.pods.iter().flat_map(|arm| arm.values()).any(|pod| pod.signed);
     let values = |arm: usize| -> Vec<f64> {
         let pods = sums.pods[arm].values().filter(|pod| pod.n >= SAMPLES);
@@ -242,7 +242,7 @@ fn level(gauge: &Compared<'_>, sums: &GaugeSums) -> Option<Level> {
     let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
     let means = [mean(&canary), mean(&baseline)];
     let squares: f64 = baseline.iter().map(|value| (value - means[BASELINE]).powi(2)).sum();
-    let (spread, d0) = learned(gauge.trial, plain);
+    let (spread, d0) = if gauge.trial.knows(tick) { learned(gauge.trial, plain) } else { (0.0, 0.0) };
     let df = d0 + baseline.len() as f64 - 1.0;
     let variance = if df > 0.0 { (d0 * spread * spread + squares) / df } else { 0.0 };
     Some(Level { means, pods: [canary.len() as f64, baseline.len() as f64], variance, df, plain })
@@ -290,7 +290,7 @@ pub(super) fn find(gauge: &Compared<'_>, evidence: &Evidence) -> Finding {
     let trial = gauge.trial;
     let nothing = GaugeEvidence::default();
     let seen = evidence.gauge.as_ref().unwrap_or(&nothing);
-    let level = seen.sums.as_ref().and_then(|sums| level(gauge, sums));
+    let level = seen.sums.as_ref().and_then(|sums| level(gauge, sums, evidence.last_tick));
     let shown = |arm: usize| {
         let level = level.as_ref()?;
         Some(if level.plain { level.means[arm] } else { level.means[arm].exp() })

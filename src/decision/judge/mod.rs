@@ -19,7 +19,7 @@ use crate::api::{self, Cause, Change, Direction, Duration, Evidence, Expect, Kpi
 
 pub use eprocess::{alarm_at, effective_tolerance};
 pub use power::pooled;
-pub use preflight::{CAUTIOUS, LEAST, Lesson, beginning};
+pub use preflight::{CAUTIOUS, ENOUGH_PODS, LEAST, Lesson, beginning};
 pub use query::{excerpt, quote};
 pub use samples::{Answer, Bucket, NativePoint, Samples, Series};
 
@@ -315,6 +315,18 @@ impl Trial {
             }
             Test::Gauge { .. } | Test::Threshold { .. } => vec![],
         }
+    }
+
+    /// The ratio of shares that was called equal at a tick, before which enough may not have been known of the pods. What is
+    /// tolerated may become less in mid-stage: evidence against more was evidence against that as well.
+    fn tolerated_at(&self, share: &share::Share, baseline: &Arm, tick: Tick) -> f64 {
+        let spread = if self.knows(tick) { share.spread } else { CAUTIOUS };
+        self.tolerated(&share::Share { spread, ..*share }, baseline)
+    }
+
+    /// Whether at a tick was known what the pre-flight holds.
+    fn knows(&self, tick: Tick) -> bool {
+        self.preflight.as_ref().and_then(|known| known.cautious_until).is_none_or(|until| tick > until)
     }
 
     /// The ratio of shares that is called equal between these arms.

@@ -24,7 +24,7 @@ const BLOCKS: i64 = 10;
 /// Blocks of a pod without which it is left out.
 const ENOUGH_BLOCKS: usize = 5;
 /// Pods without which nothing is learned of their differences.
-const ENOUGH_PODS: usize = 3;
+pub const ENOUGH_PODS: i32 = 3;
 /// Shares of the baseline's requests that are to lie above the two bounds of a latency.
 const SLOW: [f64; 2] = [0.05, 0.01];
 
@@ -45,6 +45,8 @@ pub struct Lesson {
     pub block: i64,
     /// Spacing of the evidence's grid, in seconds.
     pub step: i64,
+    /// What was taken when the evidence began, where the pods' past was too short to learn from: its bounds stay.
+    pub begun: Option<Preflight>,
 }
 
 impl Lesson {
@@ -59,7 +61,8 @@ impl Lesson {
         step: i64,
     ) -> Self {
         let block = (span / BLOCKS).max(step).max(1);
-        Self { kpi: kpi.clone(), track, namespace: namespace.to_owned(), deployments, until, block, step }
+        let (kpi, namespace) = (kpi.clone(), namespace.to_owned());
+        Self { kpi, track, namespace, deployments, until, block, step, begun: None }
     }
 
     /// First tick of the span.
@@ -92,19 +95,23 @@ impl Lesson {
             track: self.track,
             until: self.until,
             pods: 0,
+            cautious_until: None,
             spread: vec![],
             bounds: vec![],
             native: false,
             rate: Counts::default(),
         };
-        Ok(match (&self.kpi.test, read.as_slice()) {
+        let learned = match (&self.kpi.test, read.as_slice()) {
             (Test::ErrorRatio { .. }, [errors, total]) => {
                 let blocks = Blocks::of(&[errors], total, grid);
                 let (pods, spread) = blocks.spread(0);
-                Some(Preflight { pods, spread: vec![spread], rate: blocks.rate(self.block), ..nothing })
+                Preflight { pods, spread: vec![spread], rate: blocks.rate(self.block), ..nothing }
             }
             (Test::Latency { .. }, [buckets]) => {
-                let Some((bounds, native)) = bounds(buckets, grid) else { return Ok(None) };
+                let frozen = self.begun.as_ref().map(|begun| (begun.bounds.clone(), begun.native));
+                let Some((bounds, native)) = frozen.or_else(|| bounds(buckets, grid)) else {
+                    return Ok(None);
+                };
                 let values: Vec<f64> = bounds.iter().filter_map(|text| text.parse().ok()).collect();
                 let (events, total) = counters::above(buckets, &values);
                 let events: Vec<_> = events.iter().take(bounds.len()).map(Vec::as_slice).collect();
@@ -112,13 +119,22 @@ impl Lesson {
                 let learned: Vec<_> = (0..bounds.len()).map(|kind| blocks.spread(kind)).collect();
                 let pods = learned.iter().map(|(pods, _)| *pods).min().unwrap_or_default();
                 let spread = learned.into_iter().map(|(_, spread)| spread).collect();
-                Some(Preflight { pods, spread, bounds, native, rate: blocks.rate(self.block), ..nothing })
+                Preflight { pods, spread, bounds, native, rate: blocks.rate(self.block), ..nothing }
             }
             (Test::Gauge { .. }, [values]) => {
                 let (pods, spread) = gauge_spread(values, grid);
-                Some(Preflight { pods, spread, ..nothing })
+                Preflight { pods, spread, ..nothing }
             }
-            _ => Some(nothing),
+            _ => nothing,
+        };
+        Ok(match &self.begun {
+            None => Some(learned),
+            // Nothing more was learned than before.
+            Some(_) if learned.pods == 0 => None,
+            // Evidence goes on from where it began; what is now known holds from here on.
+            Some(begun) => {
+                Some(Preflight { until: begun.until, cautious_until: Some(self.until), ..learned })
+            }
         })
     }
 }
@@ -171,7 +187,7 @@ impl Blocks {
     fn spread(&self, kind: usize) -> (i32, f64) {
         let pods = self.total.len();
         let requests: f64 = self.total.iter().flatten().flatten().sum();
-        if pods < ENOUGH_PODS || requests <= 0.0 {
+        if (pods as i64) < i64::from(ENOUGH_PODS) || requests <= 0.0 {
             return (0, CAUTIOUS);
         }
         let c = (pods as f64 - 1.0) / pods as f64;
@@ -209,7 +225,8 @@ impl Blocks {
 }
 
 /// The largest bounds that enough requests exceed, the lower first, and whether the histogram is a native one; where none are
-/// exceeded that often, the least bound there is. One bound where both are the same.
+/// exceeded that often, the least bound there is. Where both are the same, since the buckets are wide, the next larger bound is the
+/// upper one: what is above it is rare, and shows what the lower one cannot where most requests exceed that.
 fn bounds(buckets: &[Series], grid: Grid) -> Option<(Vec<String>, bool)> {
     let mut counted: Vec<(f64, &str, f64)> = vec![];
     for series in buckets {
@@ -232,6 +249,10 @@ fn bounds(buckets: &[Series], grid: Grid) -> Option<(Vec<String>, bool)> {
     };
     let mut bounds: Vec<String> = SLOW.iter().filter_map(|share| exceeded(*share)).collect();
     bounds.dedup();
+    if let [only] = bounds.as_slice() {
+        let larger = counted.iter().skip_while(|(_, text, _)| text != only).nth(1);
+        bounds.extend(larger.map(|(_, text, _)| (*text).to_owned()));
+    }
     let native = buckets.iter().any(|series| series.bucket.as_ref().is_some_and(|bucket| bucket.native));
     (!bounds.is_empty()).then_some((bounds, native))
 }
@@ -252,7 +273,7 @@ fn gauge_spread(values: &[Series], grid: Grid) -> (i32, Vec<f64>) {
         let logs = positive.then(|| finite().map(f64::ln).sum::<f64>() / n as f64);
         means.push((logs, finite().sum::<f64>() / n as f64));
     }
-    if means.len() < ENOUGH_PODS {
+    if (means.len() as i64) < i64::from(ENOUGH_PODS) {
         return (0, vec![]);
     }
     let deviation = |values: &[f64]| {

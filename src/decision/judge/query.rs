@@ -204,6 +204,7 @@ mod tests {
             track: api::Track::Production,
             until: 0,
             pods: 0,
+            cautious_until: None,
             spread: vec![],
             bounds: vec!["0.25".to_owned(), "1".to_owned()],
             native,

@@ -64,7 +64,7 @@ pub(super) fn fold(
             add(&mut seen.canary, canary);
             add(&mut seen.baseline, baseline_counts);
             if fresh {
-                let r0 = trial.tolerated(share, baseline);
+                let r0 = trial.tolerated_at(share, baseline, tick);
                 eprocess::begin(seen, evidence.fresh_ticks);
                 eprocess::weigh(
                     seen,
