@@ -13,8 +13,8 @@ use serde::{
 };
 use serde_json::value::RawValue;
 
-/// Deepest nesting of `metadata` that is passed on.
-const MAX_DEPTH: usize = 64;
+/// Deepest nesting of JSON that is passed on.
+pub(crate) const MAX_DEPTH: usize = 64;
 
 /// A query as the client wrote it, its text still in the request's own buffer.
 #[derive(Debug, Deserialize)]
@@ -83,7 +83,7 @@ impl<K: AsRef<str>, V: Serialize> Serialize for Fields<K, V> {
 }
 
 /// Deepest nesting of a valid JSON text.
-fn depth(json: &str) -> usize {
+pub(crate) fn depth(json: &str) -> usize {
     let (mut depth, mut deepest, mut in_string, mut escaped) = (0_usize, 0, false, false);
     for byte in json.bytes() {
         match byte {

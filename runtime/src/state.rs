@@ -17,6 +17,7 @@ use hyper::header::HeaderValue;
 use tokio::sync::watch;
 
 use crate::{
+    api::Admission,
     cache::{self, Bounds, Cache},
     config::{self, Config},
     connections::{self, Address, Limits},
@@ -33,6 +34,7 @@ pub(crate) struct Snapshot {
     pub(crate) hash: String,
     /// 1 at the start, one more for each file applied.
     pub(crate) generation: u64,
+    pub(crate) admission: Arc<Admission>,
     pub(crate) experts: Vec<Arc<Expert>>,
     /// Absent: the baseline path.
     pub(crate) buffers: Option<Arc<BufferPool>>,
@@ -222,6 +224,7 @@ impl Runtime {
 /// Reads secrets again, off the threads that serve.
 async fn refresh(snapshot: Arc<Snapshot>) {
     let read = move || {
+        snapshot.admission.refresh();
         for expert in &snapshot.experts {
             expert.refresh();
         }
@@ -252,6 +255,17 @@ fn build(
     old: Option<&Snapshot>,
     metrics: &Metrics,
 ) -> Result<Snapshot, config::Error> {
+    let same = |old: &&Snapshot| {
+        (&old.config.server.api_keys, &old.config.server.rate_limit)
+            == (&config.server.api_keys, &config.server.rate_limit)
+    };
+    let admission = match old.filter(same) {
+        Some(old) => old.admission.clone(),
+        None => Admission::new(&config.server, Instant::now())
+            .map(Arc::new)
+            .map_err(|reason| config::Error::one("server.apiKeys", reason))?,
+    };
+
     let pool = &config.optimizations.memory.object_pool;
     let buffers = pool.enabled.then(|| {
         let kept = old.filter(|old| old.config.optimizations.memory.object_pool == *pool);
@@ -320,7 +334,7 @@ fn build(
             built.map_err(|reason| config::Error::one(format!("experts[{i}].credential.from"), reason))?,
         ));
     }
-    Ok(Snapshot { hash, generation, experts, buffers, cache, config })
+    Ok(Snapshot { hash, generation, admission, experts, buffers, cache, config })
 }
 
 fn size(bytes: u64) -> usize {
