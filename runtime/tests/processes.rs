@@ -20,7 +20,7 @@ use hyper::{Request, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncBufReadExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpStream},
     process::{Child, Command},
     time::timeout,
@@ -192,5 +192,37 @@ async fn a_killed_expert_costs_only_what_the_quorum_says() {
             sum.iter_mut().zip(statuses).for_each(|(sum, n)| *sum += n);
         }
         assert_eq!([metric("ok").await, metric("partial").await, metric("error").await], sum);
+    }
+}
+
+/// An expert that answers each query with as much as it can send, and clients that ask it all at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flooding_expert_does_not_fill_the_memory() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let expert = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let piece = format!("10000\r\n{}\r\n", "1".repeat(0x10000));
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let piece = piece.clone();
+            tokio::spawn(async move {
+                assert!(stream.read(&mut [0; 65_536]).await.unwrap() > 0);
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n").await;
+                while stream.write_all(piece.as_bytes()).await.is_ok() {}
+            });
+        }
+    });
+    let folder = Folder::new();
+    let config = config(expert, |config| config["dispatch"] = json!({"breaker": {"enabled": false}}));
+    let (_child, serving, admin) = runtime(&folder, &config).await;
+    for round in 0..2 {
+        let asked = (0..40).map(|n| common::post(serving, query(round * 40 + n).to_string()));
+        for reply in futures::future::join_all(asked).await {
+            assert_eq!(reply.json()["answers"][0]["error"], "invalid", "{reply:?}");
+        }
+        let text = String::from_utf8(get(admin, "/metrics").await.body.to_vec()).unwrap();
+        let resident = text.lines().find_map(|line| line.strip_prefix("process_resident_memory_bytes "));
+        let resident: f64 = resident.unwrap().parse().unwrap();
+        // Three experts, each with ten connections, of which each holds 4 MiB and what it had before it grew.
+        assert!(resident < 300e6, "{resident} bytes");
     }
 }

@@ -322,3 +322,40 @@ impl Drop for Passing {
         self.expert.metrics.count(self.outcome);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::mutations;
+
+    const BODIES: &[&str] = &[
+        r#"{"model":"m","messages":[{"role":"user","content":"\u00e9\n"}],"stream":true,"temperature":0.5}"#,
+        r#" {"tools":[{"type":"function","function":{"parameters":{"a":[1,[2]]}}}],"model":"\"m\""}"#,
+    ];
+
+    proptest! {
+        /// Whatever is passed on is a JSON object with one model, of bounded depth.
+        #[test]
+        fn any_body_is_passed_on_or_refused(
+            body in prop_oneof![3 => mutations::of(BODIES), 1 => prop::collection::vec(any::<u8>(), 0..200)]
+        ) {
+            match model(&body) {
+                Ok(model) => {
+                    let text = std::str::from_utf8(&body).expect("UTF-8");
+                    prop_assert!(query::depth(text) <= query::MAX_DEPTH);
+                    // Where another reader reads it at all, it finds the same model: numbers and lone surrogates in
+                    // what is not looked at are the expert's to judge.
+                    if let Ok(value) = serde_json::from_str::<serde_json::Value>(text) {
+                        prop_assert_eq!(value["model"].as_str(), Some(&*model));
+                    }
+                }
+                Err(refusal) => {
+                    prop_assert_eq!(refusal.status, StatusCode::BAD_REQUEST);
+                    prop_assert!(!refusal.detail.is_empty());
+                }
+            }
+        }
+    }
+}
