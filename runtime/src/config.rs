@@ -1069,6 +1069,17 @@ mod tests {
     }
 
     #[test]
+    fn the_readme_shows_what_is_taken() {
+        let blocks: Vec<&str> = include_str!("../README.md").split("```yaml\n").skip(1).collect();
+        assert!(blocks.len() >= 2);
+        for block in blocks {
+            let shown = block.split("```").next().unwrap_or_default();
+            let file = if shown.contains("experts:") { shown.to_owned() } else { format!("{ONE}\n{shown}") };
+            Config::parse(file.as_bytes()).unwrap_or_else(|error| panic!("{error} in\n{file}"));
+        }
+    }
+
+    #[test]
     fn messages_do_not_grow_with_the_file() {
         let long = "x".repeat(MAX_FILE - 100);
         for file in [
