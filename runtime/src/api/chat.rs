@@ -184,7 +184,7 @@ fn passing(
         true => (Verdict::Ok, Outcome::Ok),
         false => (Verdict::Invalid, Outcome::Status),
     };
-    let passing = Passing {
+    let mut passing = Passing {
         events: kind.starts_with(b"text/event-stream"),
         at_end: verdict,
         verdict: Verdict::Invalid,
@@ -197,8 +197,8 @@ fn passing(
         expert,
         arriving: Some(arriving),
         _in_flight: in_flight,
-    }
-    .settled();
+    };
+    passing.settle(false);
     let mut reply = Response::new(Either::Right(passing));
     *reply.status_mut() = head.status;
     let headers: &mut HeaderMap = reply.headers_mut();
@@ -237,11 +237,6 @@ pub(crate) struct Passing {
 
 impl Passing {
     /// Notes the end as soon as it is known, since nobody asks again after the last piece.
-    fn settled(mut self) -> Self {
-        self.settle(false);
-        self
-    }
-
     fn settle(&mut self, ended: bool) {
         if ended || self.arriving.as_ref().is_some_and(Body::is_end_stream) {
             self.arriving = None;
