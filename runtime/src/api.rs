@@ -23,9 +23,11 @@ use serde::Serialize;
 use serde_json::{json, value::RawValue};
 
 use crate::{
+    config::Config,
     dispatch::{self, Answer},
     experts::Expert,
     metrics::{self, Outcome, Verdict},
+    monitoring::Point,
     pool::Buffer,
     query::Query,
     state::{Runtime, Snapshot},
@@ -57,11 +59,12 @@ pub(crate) enum Route {
     Readyz,
     Metrics,
     Config,
+    Schema,
     Points,
 }
 
 impl Route {
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Queries,
         Self::ChatCompletions,
         Self::OpenApi,
@@ -69,6 +72,7 @@ impl Route {
         Self::Readyz,
         Self::Metrics,
         Self::Config,
+        Self::Schema,
         Self::Points,
     ];
 
@@ -81,6 +85,7 @@ impl Route {
             Self::Readyz => "/readyz",
             Self::Metrics => "/metrics",
             Self::Config => "/config",
+            Self::Schema => "/schema",
             Self::Points => "/points",
         }
     }
@@ -89,7 +94,7 @@ impl Route {
         match self {
             Self::Queries | Self::ChatCompletions | Self::OpenApi => port == Port::Serving,
             Self::Livez | Self::Readyz => true,
-            Self::Metrics | Self::Config | Self::Points => port == Port::Admin,
+            Self::Metrics | Self::Config | Self::Schema | Self::Points => port == Port::Admin,
         }
     }
 
@@ -289,15 +294,28 @@ pub(crate) async fn serve(
         },
         Route::Metrics => reply(StatusCode::OK, metrics::CONTENT_TYPE, runtime.encode_metrics().into()),
         Route::Config => config(runtime),
+        Route::Schema => reply(StatusCode::OK, SCHEMA, Config::schema().into()),
         Route::Points => {
             let points: serde_json::Map<_, _> = runtime
+                .metrics
                 .store
                 .points()
                 .into_iter()
-                .map(|(name, points)| (name.to_owned(), json!(points)))
+                .map(|(series, points)| (series, points.iter().map(point).collect()))
                 .collect();
             reply(StatusCode::OK, JSON, json!(points).to_string().into())
         }
+    }
+}
+
+/// A recorded point: seconds since the epoch, value and, with `preAggregation`, what was seen since the last one.
+fn point(point: &Point) -> serde_json::Value {
+    match &point.summary {
+        None => json!([point.time, point.value]),
+        Some(s) => json!([point.time, point.value, {
+            "count": s.count, "sum": s.sum, "min": s.min, "max": s.max, "p50": s.p50, "p99": s.p99,
+            "ddsketch": s.hex(),
+        }]),
     }
 }
 
@@ -354,15 +372,23 @@ async fn query(
     };
     let mut buffer = snapshot.buffer();
     let rows = answers.iter().map(Row::from).collect();
-    let reply = if verdict == Verdict::Error {
+    let (status, body) = if verdict == Verdict::Error {
         missed(&id, &answers, rows, ok, quorum, buffer)
     } else {
         // Strings, numbers and raw JSON written to memory: serde_json has no error for these.
         let written = serde_json::to_writer(&mut *buffer, &Answers { id: &id, answers: rows, partial });
         debug_assert!(written.is_ok());
-        reply(StatusCode::OK, JSON, buffer.freeze())
+        (StatusCode::OK, buffer.freeze())
     };
-    runtime.metrics.count(verdict);
+    if let Some(collector) = &snapshot.collector {
+        let (requester, outcome) = (&query.requester, verdict.as_str());
+        runtime.results.push(collector, requester, outcome, started.elapsed(), &body);
+    }
+    let mut reply = reply(status, if status == StatusCode::OK { JSON } else { PROBLEM }, body);
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        retry_after(&mut reply, Duration::from_secs(1));
+    }
+    runtime.metrics.count_of(&query.requester, verdict);
     runtime.metrics.query_duration.observe(started.elapsed().as_secs_f64());
     Ok(reply)
 }
@@ -375,7 +401,7 @@ fn missed(
     ok: usize,
     quorum: usize,
     mut buffer: Buffer,
-) -> Reply {
+) -> (StatusCode, Bytes) {
     let failures = || answers.iter().filter_map(|answer| answer.result.as_ref().err().map(|f| f.outcome));
     let (status, kind, title) = if failures().all(|o| o == Outcome::Busy) {
         (StatusCode::SERVICE_UNAVAILABLE, "busy", "No connection to the experts was free in time")
@@ -397,11 +423,7 @@ fn missed(
     };
     let written = serde_json::to_writer(&mut *buffer, &body);
     debug_assert!(written.is_ok());
-    let mut reply = reply(status, PROBLEM, buffer.freeze());
-    if status == StatusCode::SERVICE_UNAVAILABLE {
-        retry_after(&mut reply, Duration::from_secs(1));
-    }
-    reply
+    (status, buffer.freeze())
 }
 
 /// Reads a body, up to the limit and within its time.
@@ -491,6 +513,7 @@ fn choose(snapshot: &Snapshot, query: &Query<'_>) -> Result<Vec<Arc<Expert>>, St
 const OPENAPI: &str = include_str!("api/openapi.json");
 
 const JSON: &str = "application/json";
+const SCHEMA: &str = "application/schema+json";
 const PROBLEM: &str = "application/problem+json";
 const TEXT: &str = "text/plain; charset=utf-8";
 

@@ -1,5 +1,9 @@
 //! `memory.cacheTtl`: answers of experts, kept for a while, within bounds of age, number and bytes.
 //!
+//! Our own, although libraries abound: the time to live, exact bounds on entries and bytes at every step, and dropping
+//! a share of the oldest would each be a layer of ours on top of one (moka cannot change its capacity at run time,
+//! quick_cache knows no time), and what is left to take from it is a map and a queue.
+//!
 //! Pure: the caller passes the time. The key is the expert (name and URL) and a SHA-256 of the whole body that is sent
 //! to it, requester included, so an answer is only ever given to an identical request.
 
@@ -9,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use prometheus_client::metrics::counter::Counter;
 use serde_json::value::RawValue;
 
 /// The baseline cache is bounded by its four hours alone in the measurements that it stands for. A service must not
@@ -37,9 +42,21 @@ pub(crate) struct Bounds {
     pub(crate) max_bytes: usize,
 }
 
+/// Entries that were dropped, by why.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Evictions {
+    /// Too old.
+    pub(crate) ttl: Counter,
+    /// Above the bounds.
+    pub(crate) capacity: Counter,
+    /// The container was short of memory.
+    pub(crate) pressure: Counter,
+}
+
 #[derive(Debug)]
 pub(crate) struct Cache {
     pub(crate) bounds: Bounds,
+    evictions: Evictions,
     inner: Mutex<Inner>,
 }
 
@@ -70,19 +87,43 @@ impl Inner {
         }
     }
 
-    fn drop_expired(&mut self, ttl: Duration, now: Instant) {
+    fn drop_expired(&mut self, ttl: Duration, now: Instant, dropped: &Counter) {
         while let Some(entry) = self.order.front().and_then(|key| self.entries.get(key)) {
             if now.saturating_duration_since(entry.since) < ttl {
                 break;
             }
             self.drop_front();
+            dropped.inc();
+        }
+    }
+
+    /// Drops the oldest that nobody asked for again, or that is too old. Each is spared once, so this ends after one
+    /// round over all entries.
+    fn drop_oldest(&mut self, ttl: Duration, now: Instant) {
+        loop {
+            let spare = self.order.front().and_then(|key| self.entries.get_mut(key)).is_some_and(|entry| {
+                let expired = now.saturating_duration_since(entry.since) >= ttl;
+                std::mem::take(&mut entry.hot) && !expired
+            });
+            if !spare {
+                return self.drop_front();
+            }
+            self.order.rotate_left(1);
+        }
+    }
+
+    /// A cache that was full once need not hold its table for ever.
+    fn shrink(&mut self) {
+        if self.entries.capacity() > 64 + 4 * self.entries.len() {
+            self.entries.shrink_to_fit();
+            self.order.shrink_to_fit();
         }
     }
 }
 
 impl Cache {
-    pub(crate) fn new(bounds: Bounds) -> Self {
-        Self { bounds, inner: Mutex::default() }
+    pub(crate) fn new(bounds: Bounds, evictions: Evictions) -> Self {
+        Self { bounds, evictions, inner: Mutex::default() }
     }
 
     /// The answer, unless it is older than the time to live.
@@ -105,7 +146,7 @@ impl Cache {
         }
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let inner = &mut *inner;
-        inner.drop_expired(self.bounds.ttl, now);
+        inner.drop_expired(self.bounds.ttl, now, &self.evictions.ttl);
         inner.bytes += size;
         match inner.entries.get_mut(&key) {
             // Two equal queries at once: the place in the queue stays, the newer answer counts.
@@ -119,27 +160,27 @@ impl Cache {
             }
         }
         while inner.entries.len() > self.bounds.max_entries || inner.bytes > self.bounds.max_bytes {
-            // At most one round over all entries, as each is spared once only.
-            let spare = inner.order.front().and_then(|key| inner.entries.get_mut(key)).is_some_and(|entry| {
-                let expired = now.saturating_duration_since(entry.since) >= self.bounds.ttl;
-                std::mem::take(&mut entry.hot) && !expired
-            });
-            match spare {
-                true => inner.order.rotate_left(1),
-                false => inner.drop_front(),
-            }
+            inner.drop_oldest(self.bounds.ttl, now);
+            self.evictions.capacity.inc();
         }
+    }
+
+    /// Drops a share of the entries, since memory is short.
+    pub(crate) fn evict(&self, fraction: f64, now: Instant) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = (inner.entries.len() as f64 * fraction).ceil() as usize;
+        for _ in 0..count.min(inner.entries.len()) {
+            inner.drop_oldest(self.bounds.ttl, now);
+            self.evictions.pressure.inc();
+        }
+        inner.shrink();
     }
 
     /// Drops what is too old, for times when nothing is put.
     pub(crate) fn sweep(&self, now: Instant) {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.drop_expired(self.bounds.ttl, now);
-        // A cache that was full once need not hold its table for ever.
-        if inner.entries.capacity() > 64 + 4 * inner.entries.len() {
-            inner.entries.shrink_to_fit();
-            inner.order.shrink_to_fit();
-        }
+        inner.drop_expired(self.bounds.ttl, now, &self.evictions.ttl);
+        inner.shrink();
     }
 
     /// Entries and bytes.
@@ -165,7 +206,7 @@ mod tests {
     }
 
     fn cache(ttl: u64, max_entries: usize, max_bytes: usize) -> Cache {
-        Cache::new(Bounds { ttl: Duration::from_secs(ttl), max_entries, max_bytes })
+        Cache::new(Bounds { ttl: Duration::from_secs(ttl), max_entries, max_bytes }, Evictions::default())
     }
 
     #[test]
@@ -209,6 +250,24 @@ mod tests {
         let cache = cache(60, 20, 65_536);
         cache.put(key("a", 1), answer(70_000), Instant::now());
         assert_eq!(cache.size(), (0, 0));
+    }
+
+    #[test]
+    fn pressure_takes_its_share_from_the_oldest_that_nobody_asked_for() {
+        for (entries, fraction, left) in
+            [(0, 0.5, 0), (1, 0.01, 0), (10, 0.2, 8), (100, 0.25, 75), (7, 1.0, 0)]
+        {
+            let cache = cache(60, 1_000, 1 << 20);
+            let now = Instant::now();
+            for i in 0..entries {
+                cache.put(key("a", i), answer(10), now);
+            }
+            cache.get(&key("a", 0), now);
+            cache.evict(fraction, now);
+            assert_eq!(cache.size().0, left);
+            assert_eq!(cache.evictions.pressure.get(), entries - left as u64);
+            assert_eq!(cache.get(&key("a", 0), now).is_some(), left > 0 && entries > 1);
+        }
     }
 
     #[test]

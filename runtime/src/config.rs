@@ -5,6 +5,7 @@
 
 use std::{collections::HashSet, fmt, net::SocketAddr, time::Duration};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -66,7 +67,7 @@ impl fmt::Display for Problem {
 }
 
 /// A whole configuration. One that came from [`Config::parse`] keeps every rule of this module.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Config {
     /// Ports and limits of the service itself.
@@ -77,16 +78,22 @@ pub struct Config {
     /// How a query is spread over the experts.
     #[serde(default)]
     pub dispatch: Dispatch,
+    /// Where the result of each query is handed on to; absent: nowhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub results: Option<Results>,
     /// The switches. What is absent is off: the baseline path serves.
     #[serde(default)]
     pub optimizations: Optimizations,
     /// What "off" means.
     #[serde(default)]
     pub baseline: Baseline,
+    /// Trust in services whose URL begins with `https`.
+    #[serde(default)]
+    pub tls: Tls,
 }
 
 /// Ports and limits of the service itself.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Server {
     /// Address of the serving port. Read at start only.
@@ -97,6 +104,7 @@ pub struct Server {
     pub max_in_flight: u32,
     /// Largest request body in bytes, 1 KiB to 64 MiB.
     #[serde(with = "units::bytes")]
+    #[schemars(schema_with = "units::bytes::schema")]
     pub body_limit: u64,
     /// Where the API keys are. Absent: whoever reaches the serving port may ask. Each line is a name, a colon and the
     /// lower-case hex SHA-256 of a key; empty lines and lines that begin with `#` are skipped.
@@ -124,7 +132,7 @@ impl Default for Server {
 }
 
 /// Where a secret is. The configuration itself holds none, since it is shown and logged.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Source {
     /// Absolute path of a file of at most 64 KiB; it is read again every few seconds, so that it can be rotated.
@@ -134,7 +142,7 @@ pub enum Source {
 }
 
 /// A token bucket: `burst` requests at once, and `perSecond` on average. One more is answered 429 with `Retry-After`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct RateLimit {
     /// Requests a second on average, 1 to 1,000,000.
@@ -144,14 +152,16 @@ pub struct RateLimit {
 }
 
 /// What happens on SIGTERM.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Drain {
     /// How long new queries are still taken while `/readyz` already says no, so that load balancers can notice.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub delay: Duration,
     /// How long queries in flight may take after that.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub timeout: Duration,
 }
 
@@ -162,7 +172,7 @@ impl Default for Drain {
 }
 
 /// One upstream service.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Expert {
     /// Unique name: 1 to 63 lower-case letters, digits and inner hyphens. It is a metric label.
@@ -176,6 +186,7 @@ pub struct Expert {
     /// How long one call may take, waiting for a connection and retries included; for a streamed completion, how long
     /// its start and then each further piece may take. Above zero.
     #[serde(default = "twenty_seconds", with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub timeout: Duration,
     /// Name of the tool that is called, 1 to 128 letters, digits, `_`, `-` and `.`. `mcp` needs it; for `http` the
     /// query is then posted to `<url>/tools/<tool>`.
@@ -198,7 +209,7 @@ pub struct Expert {
 }
 
 /// The protocol that an expert speaks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Kind {
     /// The query is posted as JSON, and the answer is a JSON document.
@@ -212,7 +223,7 @@ pub enum Kind {
 }
 
 /// The revision of MCP that is spoken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Protocol {
     /// The server is asked once: stateless if it can, else a session.
@@ -225,7 +236,7 @@ pub enum Protocol {
 }
 
 /// A secret that is sent to an expert.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Credential {
     /// Where the secret is; white space around it is cut off.
@@ -236,14 +247,16 @@ pub struct Credential {
 }
 
 /// How a query is spread over the experts.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Dispatch {
     /// Longest time for a query as a whole; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub deadline: Duration,
     /// Longest time for a chat completion as a whole, whose stream may well outlast `deadline`; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub stream_deadline: Duration,
     /// Answers needed for a query to count as ok, 1 to the number of experts. Absent: all that were asked.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -268,7 +281,7 @@ impl Default for Dispatch {
 
 /// Second attempts, only after failures that certainly did nothing: no connection was made, or the expert answered 429
 /// or 503. Its `Retry-After` is waited for, unless the call's time ends before.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Retries {
     /// Further attempts of one call, 0 to 5.
@@ -278,6 +291,7 @@ pub struct Retries {
     pub budget_percent: u32,
     /// Pause before the first retry, doubled for each further one and then cut by up to half at random; 1 ms or more.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub backoff: Duration,
 }
 
@@ -290,7 +304,7 @@ impl Default for Retries {
 /// Leaves an expert alone that failed several times in a row, then tries it with a single call.
 ///
 /// Failures are: no connection, no answer in time, a status of 500 or more, an answer that cannot be read.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Breaker {
     /// Off: experts are always asked.
@@ -299,6 +313,7 @@ pub struct Breaker {
     pub failures: u32,
     /// How long no call is made then, and after each failed trial; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub open_for: Duration,
 }
 
@@ -308,8 +323,25 @@ impl Default for Breaker {
     }
 }
 
+/// A collector of results, for audits and evaluations: it is posted JSON arrays of
+/// `{time, requester, outcome, durationMs, response}`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Results {
+    /// Where batches are posted, as an expert's URL. 400, 413 and 422 refuse a batch; any other failure is tried again.
+    pub url: String,
+    /// Longest time that a result waits for others; above zero.
+    #[serde(default = "one_second", with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
+    pub flush: Duration,
+    /// How long the collector may take to answer; above zero.
+    #[serde(default = "five_seconds", with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
+    pub timeout: Duration,
+}
+
 /// The switches, in the groups that the operator turns.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Optimizations {
     /// Memory held and allocated.
@@ -321,48 +353,69 @@ pub struct Optimizations {
 }
 
 /// Switches of the group `memory`.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Memory {
     /// Flat, pooled query buffers.
     pub object_pool: ObjectPool,
     /// A short-lived, bounded answer cache.
     pub cache_ttl: CacheTtl,
+    /// Memory is given back before the container's limit is reached.
+    pub evict: Evict,
+    /// Results are handed on in small batches.
+    pub batch_limit: BatchLimit,
 }
 
 /// Flat query buffers that are kept for the next query.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct ObjectPool {
     /// Off: every query is a tree of fields, copied for each expert.
     pub enabled: bool,
     /// Buffers kept in all, 1 to 100,000.
     pub max_objects: u32,
-    /// Largest buffer kept, in bytes, 1 KiB to 1 MiB. A larger one is freed, so that the pool cannot ratchet up
-    /// to the largest query ever seen. The pool holds `maxObjects × retainMax` bytes at the very most.
+    /// Bytes kept in all, `retainMax` to 1 GiB.
     #[serde(with = "units::bytes")]
+    #[schemars(schema_with = "units::bytes::schema")]
+    pub max_bytes: u64,
+    /// Largest buffer kept, in bytes, 1 KiB to 1 MiB. A larger one is freed, so that the pool cannot ratchet up
+    /// to the largest query ever seen.
+    #[serde(with = "units::bytes")]
+    #[schemars(schema_with = "units::bytes::schema")]
     pub retain_max: u64,
+    /// How often half of the buffers that nobody needed since the last time are freed; 1 s or more.
+    #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
+    pub trim_every: Duration,
 }
 
 impl Default for ObjectPool {
     fn default() -> Self {
-        Self { enabled: false, max_objects: 128, retain_max: 16 << 10 }
+        Self {
+            enabled: false,
+            max_objects: 128,
+            max_bytes: 2 << 20,
+            retain_max: 16 << 10,
+            trim_every: Duration::from_secs(30),
+        }
     }
 }
 
 /// The answer cache with a short time to live and bounds on entries and bytes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct CacheTtl {
     /// Off: answers live for `baseline.cacheTtl`, and nothing but that and a fixed cap of the process bounds them.
     pub enabled: bool,
     /// Age after which an answer is not served any more; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub ttl: Duration,
     /// Answers kept at most, 1 to 10,000,000.
     pub max_entries: u32,
     /// Bytes kept at most, keys and book-keeping included; 64 KiB to 64 GiB.
     #[serde(with = "units::bytes")]
+    #[schemars(schema_with = "units::bytes::schema")]
     pub memory_limit: u64,
 }
 
@@ -372,8 +425,52 @@ impl Default for CacheTtl {
     }
 }
 
+/// Memory is given back before the container's limit is reached: a share of the answer cache and all pooled buffers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Evict {
+    /// Off: only the cache's own bounds free anything. Without a limit of the container nothing is ever evicted.
+    pub enabled: bool,
+    /// Share of the container's memory limit, 0.1 to 1, page cache that can be dropped not counted.
+    pub threshold: f64,
+    /// Share of the last ten seconds, 0.01 to 1, in which some thread waited for memory, where the kernel tells.
+    pub stall: f64,
+    /// Share of the cache's entries that go each time, 0.01 to 1: those that nobody asked for again, oldest first.
+    pub fraction: f64,
+    /// Time between two evictions, in which the allocator gives the pages back; 1 s or more.
+    #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
+    pub cooldown: Duration,
+}
+
+impl Default for Evict {
+    fn default() -> Self {
+        Self { enabled: false, threshold: 0.8, stall: 0.2, fraction: 0.2, cooldown: Duration::from_secs(10) }
+    }
+}
+
+/// Results are handed on as they are, in batches of bounded size, and a batch that is refused is split.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct BatchLimit {
+    /// Off: all pending results are copied and sent as one batch, which is lost when it is refused.
+    pub enabled: bool,
+    /// Results in one batch, 1 to 10,000.
+    pub max_items: u32,
+    /// Bytes of one batch, 1 KiB to 64 MiB; one result that is larger is a batch of its own.
+    #[serde(with = "units::bytes")]
+    #[schemars(schema_with = "units::bytes::schema")]
+    pub max_bytes: u64,
+}
+
+impl Default for BatchLimit {
+    fn default() -> Self {
+        Self { enabled: false, max_items: 100, max_bytes: 1 << 20 }
+    }
+}
+
 /// Switches of the group `connections`.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Connections {
     /// One connection pool for all experts.
@@ -381,21 +478,52 @@ pub struct Connections {
 }
 
 /// One connection pool for all experts.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Unified {
     /// Off: each expert has a pool of its own, as `baseline` says.
     pub enabled: bool,
-    /// Connections to one host and port at most, 1 to 10,000. One connection carries one request at a time.
+    /// Connections to one host and port at most, 1 to 10,000. An HTTP/1.1 connection carries one request at a time.
     pub per_host: u32,
     /// Connections to all hosts at most, `perHost` to 100,000.
     pub total: u32,
     /// How long an idle connection is kept; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub keep_alive: Duration,
     /// How long a request waits for a connection before it fails as `busy`; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub acquire_timeout: Duration,
+    /// Who uses the pool: names of experts, `results` for the collector, or `*` for all. The others, and the requests
+    /// above `percent`, go on as the baseline does, so that services can be moved one by one.
+    pub services: Vec<String>,
+    /// Share of those services' requests that use the pool, 0 to 100.
+    pub percent: u32,
+    /// Whether connections carry many requests at once.
+    pub http2: Http2,
+    /// How long a name's addresses are remembered, 0s to 5m. The system tells no time to live of its own; cluster
+    /// DNS says 30 s.
+    #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
+    pub dns_ttl: Duration,
+    /// Age after which a connection is given no more requests, so that traffic follows the experts' pods; above zero.
+    #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
+    pub max_age: Duration,
+}
+
+/// Whether connections carry many requests at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum Http2 {
+    /// Where TLS agrees on it.
+    #[default]
+    Auto,
+    /// Also without TLS: every service must speak it.
+    PriorKnowledge,
+    /// HTTP/1.1 only.
+    Never,
 }
 
 impl Default for Unified {
@@ -406,36 +534,51 @@ impl Default for Unified {
             total: 100,
             keep_alive: Duration::from_secs(30),
             acquire_timeout: Duration::from_secs(1),
+            services: vec!["*".to_owned()],
+            percent: 100,
+            http2: Http2::default(),
+            dns_ttl: Duration::from_secs(30),
+            max_age: Duration::from_secs(300),
         }
     }
 }
 
 /// Switches of the group `monitoring`.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Monitoring {
     /// Points are recorded when something changed, not by the clock.
     pub adaptive_sampling: AdaptiveSampling,
+    /// Points sum up all that was seen since the last one.
+    pub pre_aggregation: PreAggregation,
+    /// Label values that clients choose are bounded.
+    pub cardinality_limit: CardinalityLimit,
 }
 
 /// Points are recorded when a value changed, or when a heartbeat is due.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct AdaptiveSampling {
     /// Off: a point every `baseline.sampleInterval`.
     pub enabled: bool,
     /// Probe interval at the start and while a value moves a little; `min` to `probeMax`.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub base: Duration,
     /// Probe interval while a value moves a lot; 100 ms or more.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub min: Duration,
     /// Longest probe interval: a lasting step is recorded within this plus `min`, twice at the most.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub probe_max: Duration,
     /// Longest silence of a series; `probeMax` to 290 s, since Prometheus looks back five minutes only.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub heartbeat: Duration,
+    /// What is otherwise for a component.
+    pub overrides: Overrides,
 }
 
 impl Default for AdaptiveSampling {
@@ -446,24 +589,104 @@ impl Default for AdaptiveSampling {
             min: Duration::from_secs(1),
             probe_max: Duration::from_secs(15),
             heartbeat: Duration::from_secs(240),
+            overrides: Overrides::default(),
         }
     }
 }
 
+/// What is otherwise for a component.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Overrides {
+    /// Resident memory, in bytes; a change is 2 % and 256 KiB.
+    pub memory: Override,
+    /// Processors in use; a change is 10 % and a hundredth of a processor.
+    pub cpu: Override,
+    /// Bytes read and written a second; a change is 1 % and 4 KiB/s.
+    pub disk: Override,
+    /// Bytes received and sent a second; a change is 5 % and 1 KiB/s.
+    pub network: Override,
+    /// Mean seconds of a call, for each expert; a change is 10 % and a millisecond.
+    pub upstream: Override,
+}
+
+impl Overrides {
+    /// Each component's name and override, in the order of their declaration.
+    pub fn each(&self) -> [(&'static str, &Override); 5] {
+        let Self { memory, cpu, disk, network, upstream } = self;
+        [("memory", memory), ("cpu", cpu), ("disk", disk), ("network", network), ("upstream", upstream)]
+    }
+}
+
+/// How one component is watched. What is absent is as for all.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Override {
+    /// As `base` for all.
+    #[serde(with = "units::duration::option", skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "units::duration::schema")]
+    pub base: Option<Duration>,
+    /// As `probeMax` for all.
+    #[serde(with = "units::duration::option", skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "units::duration::schema")]
+    pub probe_max: Option<Duration>,
+    /// Share of the last recorded value that counts as a change, 0.001 to 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<f64>,
+}
+
+/// Points sum up all that was seen since the last one: count, sum, least, greatest and last value, and a sketch of
+/// the distribution that can be merged with those of other points and processes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct PreAggregation {
+    /// Off: a point is the value of one look.
+    pub enabled: bool,
+    /// Time between two points, 1 s to 1 h; with `adaptiveSampling` a point comes when that says so.
+    #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
+    pub window: Duration,
+}
+
+impl Default for PreAggregation {
+    fn default() -> Self {
+        Self { enabled: false, window: Duration::from_secs(60) }
+    }
+}
+
+/// Bounds the series whose label values clients choose: who asks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct CardinalityLimit {
+    /// Off: each requester has series of its own, up to a fixed cap of the process.
+    pub enabled: bool,
+    /// Series at most, 10 to 20,000; requesters above it are counted together as `__other__`, with their outcomes.
+    pub max_series: u32,
+}
+
+impl Default for CardinalityLimit {
+    fn default() -> Self {
+        Self { enabled: false, max_series: 1000 }
+    }
+}
+
 /// What "off" means: the path that each optimization is compared with.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Baseline {
     /// Connections of each expert's own pool, 1 to 10,000.
     pub per_host: u32,
     /// How long an idle connection of such a pool is kept; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub keep_alive: Duration,
     /// Age after which a cached answer is not served any more; above zero.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub cache_ttl: Duration,
     /// Fixed interval of the monitoring points; 1 s or more.
     #[serde(with = "units::duration")]
+    #[schemars(schema_with = "units::duration::schema")]
     pub sample_interval: Duration,
 }
 
@@ -476,6 +699,23 @@ impl Default for Baseline {
             sample_interval: Duration::from_secs(5),
         }
     }
+}
+
+/// Trust in services whose URL begins with `https`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Tls {
+    /// A PEM file of authorities to trust besides the public ones. Read when a connection pool is made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<String>,
+}
+
+fn one_second() -> Duration {
+    Duration::from_secs(1)
+}
+
+fn five_seconds() -> Duration {
+    Duration::from_secs(5)
 }
 
 fn twenty_seconds() -> Duration {
@@ -514,6 +754,12 @@ impl Config {
         })?;
         config.validate()?;
         Ok(config)
+    }
+
+    /// What a file may say, as JSON Schema (2020-12), for editors and for checks before a deployment. Ranges and rules
+    /// between fields are told in the descriptions; [`Config::parse`] holds them.
+    pub fn schema() -> String {
+        format!("{:#}", schemars::schema_for!(Self).as_value())
     }
 
     /// Checks every rule that types alone do not keep; all faults are reported at once.
@@ -565,10 +811,31 @@ impl Config {
         let pool = &self.optimizations.memory.object_pool;
         check.range("optimizations.memory.objectPool.maxObjects", pool.max_objects, 1, 100_000);
         check.size("optimizations.memory.objectPool.retainMax", pool.retain_max, 1 << 10, 1 << 20);
+        check.size("optimizations.memory.objectPool.maxBytes", pool.max_bytes, pool.retain_max, 1 << 30);
+        check.at_least("optimizations.memory.objectPool.trimEvery", pool.trim_every, Duration::from_secs(1));
+        check.at_most("optimizations.memory.objectPool.trimEvery", pool.trim_every, LONGEST);
         let cache = &self.optimizations.memory.cache_ttl;
         check.positive("optimizations.memory.cacheTtl.ttl", cache.ttl);
         check.range("optimizations.memory.cacheTtl.maxEntries", cache.max_entries, 1, 10_000_000);
         check.size("optimizations.memory.cacheTtl.memoryLimit", cache.memory_limit, 64 << 10, 64 << 30);
+
+        let evict = &self.optimizations.memory.evict;
+        check.share("optimizations.memory.evict.threshold", evict.threshold, 0.1);
+        check.share("optimizations.memory.evict.stall", evict.stall, 0.01);
+        check.share("optimizations.memory.evict.fraction", evict.fraction, 0.01);
+        check.at_least("optimizations.memory.evict.cooldown", evict.cooldown, Duration::from_secs(1));
+        check.at_most("optimizations.memory.evict.cooldown", evict.cooldown, LONGEST);
+        let batch = &self.optimizations.memory.batch_limit;
+        check.range("optimizations.memory.batchLimit.maxItems", batch.max_items, 1, 10_000);
+        check.size("optimizations.memory.batchLimit.maxBytes", batch.max_bytes, 1 << 10, 64 << 20);
+
+        if let Some(results) = &self.results {
+            if let Err(reason) = check_url(&results.url) {
+                check.fail("results.url", reason);
+            }
+            check.positive("results.flush", results.flush);
+            check.positive("results.timeout", results.timeout);
+        }
 
         let unified = &self.optimizations.connections.unified;
         check.range("optimizations.connections.unified.perHost", unified.per_host, 1, 10_000);
@@ -584,8 +851,27 @@ impl Config {
         }
         check.positive("optimizations.connections.unified.keepAlive", unified.keep_alive);
         check.positive("optimizations.connections.unified.acquireTimeout", unified.acquire_timeout);
+        for (i, service) in unified.services.iter().enumerate() {
+            let known = matches!(service.as_str(), "*" | "results")
+                || self.experts.iter().any(|e| e.name == *service);
+            if !known {
+                check.fail(
+                    format!("optimizations.connections.unified.services[{i}]"),
+                    format!("{service:?} is no service; write names of experts, results, or \"*\" for all"),
+                );
+            }
+        }
+        check.range("optimizations.connections.unified.percent", unified.percent, 0, 100);
+        check.at_most("optimizations.connections.unified.dnsTtl", unified.dns_ttl, Duration::from_secs(300));
+        check.positive("optimizations.connections.unified.maxAge", unified.max_age);
 
-        check.sampling(&self.optimizations.monitoring.adaptive_sampling);
+        let monitoring = &self.optimizations.monitoring;
+        check.sampling(&monitoring.adaptive_sampling);
+        let window = monitoring.pre_aggregation.window;
+        check.at_least("optimizations.monitoring.preAggregation.window", window, Duration::from_secs(1));
+        check.at_most("optimizations.monitoring.preAggregation.window", window, Duration::from_secs(3600));
+        let series = monitoring.cardinality_limit.max_series;
+        check.range("optimizations.monitoring.cardinalityLimit.maxSeries", series, 10, 20_000);
 
         check.range("baseline.perHost", self.baseline.per_host, 1, 10_000);
         check.positive("baseline.keepAlive", self.baseline.keep_alive);
@@ -625,6 +911,12 @@ impl Check {
         if !(min..=max).contains(&value) {
             let [value, min, max] = [value, min, max].map(units::bytes::format);
             self.fail(path, format!("{value} is outside {min} to {max}"));
+        }
+    }
+
+    fn share(&mut self, path: &str, value: f64, min: f64) {
+        if !(min..=1.0).contains(&value) {
+            self.fail(path, format!("{value} is outside {min} to 1; write a share such as 0.8"));
         }
     }
 
@@ -791,6 +1083,15 @@ impl Check {
         self.at_least(&path("probeMax"), sampling.probe_max, sampling.base);
         self.at_least(&path("heartbeat"), sampling.heartbeat, sampling.probe_max);
         self.at_most(&path("heartbeat"), sampling.heartbeat, Duration::from_secs(290));
+        for (name, wanted) in sampling.overrides.each() {
+            let path = |field: &str| format!("{}.{name}.{field}", path("overrides"));
+            let base = wanted.base.unwrap_or(sampling.base);
+            let probe_max = wanted.probe_max.unwrap_or(sampling.probe_max);
+            self.at_least(&path("base"), base, sampling.min);
+            self.at_least(&path("probeMax"), probe_max, base);
+            self.at_most(&path("probeMax"), probe_max, sampling.heartbeat);
+            self.share(&path("threshold"), wanted.threshold.unwrap_or(1.0), 0.001);
+        }
     }
 }
 
@@ -819,11 +1120,8 @@ fn check_url(url: &str) -> Result<(), String> {
             "the URL holds a user name or password, which would be shown in logs; leave it out".to_owned()
         );
     }
-    let example = "write http://host[:port][/path]";
-    if url.starts_with("https://") {
-        return Err(format!("{url:?}: https is not supported yet; {example}, or put a TLS proxy in between"));
-    }
-    let Some(rest) = url.strip_prefix("http://") else {
+    let example = "write http://host[:port][/path], or https";
+    let Some(rest) = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://")) else {
         return Err(format!("{url:?} is not an HTTP URL; {example}"));
     };
     if url.len() > 2048 {
@@ -890,9 +1188,7 @@ mod tests {
         assert_eq!(config.dispatch.quorum, None);
     }
 
-    #[test]
-    fn the_whole_schema_is_read_and_written() {
-        let file = r#"
+    const WHOLE: &str = r#"
             server: {listen: "0.0.0.0:8080", admin: "0.0.0.0:9090", maxInFlight: 1024, bodyLimit: 1MiB, apiKeys: {file: /keys},
                      rateLimit: {perSecond: 10, burst: 20}, drain: {delay: 5s, timeout: 25s}}
             experts:
@@ -902,15 +1198,68 @@ mod tests {
             - {name: delta, kind: openai, url: "http://llm/v1", model: some-model, credential: {from: {env: LLM_KEY}}}
             dispatch: {deadline: 30s, streamDeadline: 5m, quorum: 1, retries: {max: 1, budgetPercent: 10, backoff: 25ms},
                        breaker: {enabled: true, failures: 5, openFor: 5s}}
+            results: {url: "http://audit:8000/results", flush: 1s, timeout: 5s}
             optimizations:
-              memory: {objectPool: {enabled: true, maxObjects: 128, retainMax: 16KiB}, cacheTtl: {enabled: true, ttl: 30m, maxEntries: 500, memoryLimit: 64MiB}}
-              connections: {unified: {enabled: true, perHost: 30, total: 100, keepAlive: 30s, acquireTimeout: 1s}}
-              monitoring: {adaptiveSampling: {enabled: true, base: 5s, min: 1s, probeMax: 15s, heartbeat: 240s}}
-            baseline: {perHost: 10, keepAlive: 15s, cacheTtl: 4h, sampleInterval: 5s}"#;
+              memory:
+                objectPool: {enabled: true, maxObjects: 128, maxBytes: 2MiB, retainMax: 16KiB, trimEvery: 30s}
+                cacheTtl: {enabled: true, ttl: 30m, maxEntries: 500, memoryLimit: 64MiB}
+                evict: {enabled: true, threshold: 0.8, stall: 0.2, fraction: 0.2, cooldown: 10s}
+                batchLimit: {enabled: true, maxItems: 100, maxBytes: 1MiB}
+              connections:
+                unified: {enabled: true, perHost: 30, total: 100, keepAlive: 30s, acquireTimeout: 1s, services: [alpha, results], percent: 50, http2: priorKnowledge, dnsTtl: 30s, maxAge: 5m}
+              monitoring:
+                adaptiveSampling: {enabled: true, base: 5s, min: 1s, probeMax: 15s, heartbeat: 240s, overrides: {memory: {base: 10s, threshold: 0.02}, disk: {probeMax: 60s}}}
+                preAggregation: {enabled: true, window: 60s}
+                cardinalityLimit: {enabled: true, maxSeries: 1000}
+            baseline: {perHost: 10, keepAlive: 15s, cacheTtl: 4h, sampleInterval: 5s}
+            tls: {caFile: /etc/synthex/ca.pem}"#;
+
+    #[test]
+    fn the_whole_schema_is_read_and_written() {
+        let file = WHOLE;
         let config = Config::parse(file.as_bytes()).expect("valid");
         assert!(config.optimizations.memory.cache_ttl.enabled);
         let again = serde_saphyr::to_string(&config).expect("writable");
         assert_eq!(Config::parse(again.as_bytes()).expect("valid again"), config);
+    }
+
+    /// Every field that is written is in the schema, and nothing else may be.
+    fn covered(schema: &serde_json::Value, part: &serde_json::Value, path: &str, value: &serde_json::Value) {
+        let resolve = |part: &serde_json::Value| match part["$ref"].as_str() {
+            Some(to) => schema.pointer(to.trim_start_matches('#')).expect(path).clone(),
+            None => part.clone(),
+        };
+        // An optional part is the part or null.
+        let part = resolve(part["anyOf"].get(0).unwrap_or(part));
+        assert!(
+            part["description"].is_string() || path.is_empty() || part["type"].is_array(),
+            "{path} is not told"
+        );
+        match value {
+            serde_json::Value::Object(fields) if part["properties"].is_object() => {
+                assert_eq!(part["additionalProperties"], false, "{path}");
+                for (name, value) in fields {
+                    let field = &part["properties"][name];
+                    assert!(field.is_object(), "{path}.{name} is not in the schema");
+                    covered(schema, field, &format!("{path}.{name}"), value);
+                }
+            }
+            serde_json::Value::Array(items) => {
+                for item in items.iter().filter(|item| item.is_object()) {
+                    covered(schema, &part["items"], path, item);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn the_schema_tells_every_field() {
+        let schema: serde_json::Value = serde_json::from_str(&Config::schema()).expect("JSON");
+        let config = Config::parse(WHOLE.as_bytes()).expect("valid");
+        let written = serde_json::to_value(config).expect("JSON");
+        covered(&schema, &schema, "", &written);
+        assert_eq!(schema["required"], serde_json::json!(["experts"]));
     }
 
     #[test]
@@ -989,7 +1338,6 @@ mod tests {
             ),
             (format!("{ONE}\ndispatch: {{breaker: {{failures: 0}}}}"), vec!["dispatch.breaker.failures"]),
             (format!("{ONE}\ndispatch: {{breaker: {{openFor: 0s}}}}"), vec!["dispatch.breaker.openFor"]),
-            (expert("name: alpha, url: \"https://a\""), vec!["experts[0].url", "https is not supported"]),
             (expert("name: alpha, url: \"ftp://a\""), vec!["experts[0].url", "not an HTTP URL"]),
             (expert("name: alpha, url: \"http://\""), vec!["experts[0].url", "no host"]),
             (expert("name: alpha, url: \"http://a:0\""), vec!["experts[0].url", "port"]),
@@ -1015,6 +1363,16 @@ mod tests {
                 optimizations("{memory: {objectPool: {retainMax: 1GiB}}}"),
                 vec!["objectPool.retainMax", "1MiB"],
             ),
+            (optimizations("{memory: {objectPool: {maxBytes: 2KiB}}}"), vec!["objectPool.maxBytes", "16KiB"]),
+            (optimizations("{memory: {objectPool: {trimEvery: 0s}}}"), vec!["objectPool.trimEvery", "1s"]),
+            (optimizations("{memory: {evict: {threshold: 80}}}"), vec!["evict.threshold", "0.1 to 1"]),
+            (optimizations("{memory: {evict: {fraction: .nan}}}"), vec!["evict.fraction"]),
+            (optimizations("{memory: {evict: {stall: 0}}}"), vec!["evict.stall"]),
+            (optimizations("{memory: {evict: {cooldown: 1ms}}}"), vec!["evict.cooldown", "1s"]),
+            (optimizations("{memory: {batchLimit: {maxItems: 0}}}"), vec!["batchLimit.maxItems"]),
+            (optimizations("{memory: {batchLimit: {maxBytes: 1GiB}}}"), vec!["batchLimit.maxBytes", "64MiB"]),
+            (format!("{ONE}\nresults: {{url: \"audit:1\"}}"), vec!["results.url", "not an HTTP URL"]),
+            (format!("{ONE}\nresults: {{url: \"http://a\", flush: 0s}}"), vec!["results.flush"]),
             (optimizations("{memory: {cacheTtl: {ttl: 0s}}}"), vec!["cacheTtl.ttl"]),
             (optimizations("{memory: {cacheTtl: {maxEntries: 0}}}"), vec!["cacheTtl.maxEntries"]),
             (optimizations("{memory: {cacheTtl: {memoryLimit: 1}}}"), vec!["cacheTtl.memoryLimit"]),
@@ -1023,6 +1381,14 @@ mod tests {
             (optimizations("{connections: {unified: {perHost: 0}}}"), vec!["unified.perHost"]),
             (optimizations("{connections: {unified: {perHost: 200}}}"), vec!["unified.total", "200"]),
             (optimizations("{connections: {unified: {acquireTimeout: 0s}}}"), vec!["unified.acquireTimeout"]),
+            (
+                optimizations("{connections: {unified: {services: [beta]}}}"),
+                vec!["unified.services[0]", "beta", "names of experts"],
+            ),
+            (optimizations("{connections: {unified: {percent: 101}}}"), vec!["unified.percent", "0 to 100"]),
+            (optimizations("{connections: {unified: {http2: always}}}"), vec!["http2", "priorKnowledge"]),
+            (optimizations("{connections: {unified: {dnsTtl: 1h}}}"), vec!["unified.dnsTtl", "5m"]),
+            (optimizations("{connections: {unified: {maxAge: 0s}}}"), vec!["unified.maxAge"]),
             (
                 optimizations("{monitoring: {adaptiveSampling: {min: 1ms}}}"),
                 vec!["adaptiveSampling.min", "100ms"],
@@ -1034,6 +1400,26 @@ mod tests {
             (
                 optimizations("{monitoring: {adaptiveSampling: {heartbeat: 5m}}}"),
                 vec!["adaptiveSampling.heartbeat"],
+            ),
+            (
+                optimizations("{monitoring: {adaptiveSampling: {overrides: {gpu: {base: 5s}}}}}"),
+                vec!["adaptiveSampling.overrides", "gpu", "upstream"],
+            ),
+            (
+                optimizations("{monitoring: {adaptiveSampling: {overrides: {memory: {base: 30s}}}}}"),
+                vec!["overrides.memory.probeMax", "30s"],
+            ),
+            (
+                optimizations("{monitoring: {adaptiveSampling: {overrides: {cpu: {threshold: 2}}}}}"),
+                vec!["overrides.cpu.threshold", "0.001 to 1"],
+            ),
+            (
+                optimizations("{monitoring: {preAggregation: {window: 2h}}}"),
+                vec!["preAggregation.window", "1h"],
+            ),
+            (
+                optimizations("{monitoring: {cardinalityLimit: {maxSeries: 1}}}"),
+                vec!["cardinalityLimit.maxSeries", "10 to 20000"],
             ),
             (format!("{ONE}\nbaseline: {{sampleInterval: 10ms}}"), vec!["baseline.sampleInterval", "1s"]),
             (format!("{ONE}\nbaseline: {{perHost: 0}}"), vec!["baseline.perHost"]),

@@ -33,31 +33,38 @@ mod retries;
 use breaker::Breaker;
 use retries::Budget;
 
-/// Where an expert is.
+/// Where an expert, or another service, is.
 #[derive(Debug, Clone)]
 pub(crate) struct Upstream {
     pub(crate) address: Address,
     /// Path and query that are posted to.
-    path: Uri,
-    host: HeaderValue,
+    pub(crate) path: Uri,
+    pub(crate) host: HeaderValue,
 }
 
 impl Upstream {
     /// `None` for what is no URL, which [`config::Config::parse`] refuses already.
     pub(crate) fn of(expert: &config::Expert) -> Option<Self> {
-        let uri: Uri = expert.url.parse().ok()?;
+        Self::at(&expert.url, |path| {
+            let base = path.trim_end_matches('/');
+            match (expert.kind, &expert.tool) {
+                (Kind::Http, Some(tool)) => format!("{base}/tools/{tool}"),
+                (Kind::OpenAi, _) => format!("{base}/chat/completions"),
+                (Kind::Http | Kind::Mcp, _) => path.to_owned(),
+            }
+        })
+    }
+
+    /// As [`Self::of`]; `path` says what is posted to, given the URL's own path and query.
+    pub(crate) fn at(url: &str, path: impl FnOnce(&str) -> String) -> Option<Self> {
+        let uri: Uri = url.parse().ok()?;
         let authority = uri.authority()?;
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
-        let path = uri.path_and_query()?.as_str();
-        let base = path.trim_end_matches('/');
-        let path = match (expert.kind, &expert.tool) {
-            (Kind::Http, Some(tool)) => format!("{base}/tools/{tool}"),
-            (Kind::OpenAi, _) => format!("{base}/chat/completions"),
-            (Kind::Http | Kind::Mcp, _) => path.to_owned(),
-        };
+        let tls = uri.scheme_str() == Some("https");
+        let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
         Some(Self {
-            address: Address { host, port: authority.port_u16().unwrap_or(80) },
-            path: path.parse().ok()?,
+            address: Address { host, port, tls },
+            path: path(uri.path_and_query()?.as_str()).parse().ok()?,
             host: HeaderValue::from_str(authority.as_str()).ok()?,
         })
     }

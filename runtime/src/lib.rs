@@ -5,8 +5,9 @@
 //! That part must not touch a socket, a clock or a file, since the operator judges users' configuration with it.
 //!
 //! With it, from the client inwards: [`server`] (sockets) → `api` (HTTP) → `dispatch` (fan-out) → `experts` (the
-//! upstream protocols) → `cache`, `pool` and `connections` (the optimizations). `state` holds what is in force, `reload` replaces it, `monitoring` watches the
-//! process, `metrics` counts. [`load`] is the other side: mock experts and a load generator.
+//! upstream protocols) → `cache`, `pool` and `connections` (the optimizations). `results` hands answers on. `state`
+//! holds what is in force, `reload` replaces it, `monitoring` watches the process and `pressure` its memory limit,
+//! `metrics` counts. [`load`] is the other side: mock experts and a load generator.
 
 pub mod config;
 
@@ -31,11 +32,15 @@ mod mutations;
 #[cfg(feature = "server")]
 mod pool;
 #[cfg(feature = "server")]
+mod pressure;
+#[cfg(feature = "server")]
 pub mod process;
 #[cfg(feature = "server")]
 mod query;
 #[cfg(feature = "server")]
 mod reload;
+#[cfg(feature = "server")]
+mod results;
 #[cfg(feature = "server")]
 mod secrets;
 #[cfg(feature = "server")]

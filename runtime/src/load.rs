@@ -7,8 +7,11 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::{Request, Response, body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
 use tokio::{net::TcpListener, sync::Semaphore, time::sleep};
 
 pub mod experts;
@@ -48,7 +51,7 @@ fn filler(seed: u64, size: usize) -> String {
 }
 
 /// Answers every request of a listener with `handler`, until the future is dropped.
-async fn serve<H, F>(listener: TcpListener, handler: H)
+pub(crate) async fn serve<H, F>(listener: TcpListener, handler: H)
 where
     H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<Full<Bytes>>> + Send + 'static,
@@ -74,12 +77,11 @@ where
                 let reply = handler(request);
                 async { Ok::<_, std::convert::Infallible>(reply.await) }
             });
-            // Errors are the client's: it went away, or spoke no HTTP.
-            let _ = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(Duration::from_secs(120))
-                .serve_connection(TokioIo::new(stream), service)
-                .await;
+            // Either version, as the client's first bytes say. Errors are the client's: it went away, or spoke no HTTP.
+            let mut http = auto::Builder::new(TokioExecutor::new());
+            http.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(120));
+            http.http2().timer(TokioTimer::new()).max_concurrent_streams(1000);
+            let _ = http.serve_connection(TokioIo::new(stream), service).await;
             drop(slot);
         });
     }

@@ -3,12 +3,16 @@
 //! Touches only counters and, at a scrape, this process's own entries below `/proc`. Names of experts are the only
 //! labels that come from a configuration; they are dropped when the configuration drops the expert.
 
-use std::{sync::OnceLock, time::SystemTime};
+use std::{
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::SystemTime,
+};
 
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeMetric},
+    encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder},
     metrics::{
+        MetricType, TypedMetric,
         counter::{ConstCounter, Counter},
         family::Family,
         gauge::{ConstGauge, Gauge},
@@ -17,7 +21,18 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::{config::Config, experts::breaker::State};
+use crate::{
+    cache::Evictions,
+    config::Config,
+    experts::breaker::State,
+    monitoring::{
+        Store, Window,
+        cardinality::{self, Limited},
+    },
+    pool,
+    pressure::Cgroup,
+    results,
+};
 
 /// Media type of [`Metrics::encode`]'s text.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -75,17 +90,36 @@ pub(crate) enum Verdict {
 }
 
 impl Verdict {
-    const ALL: [(Self, &'static str); 5] = [
-        (Self::Ok, "ok"),
-        (Self::Partial, "partial"),
-        (Self::Error, "error"),
-        (Self::Shed, "shed"),
-        (Self::Invalid, "invalid"),
-    ];
+    const ALL: [Self; cardinality::OUTCOMES] =
+        [Self::Ok, Self::Partial, Self::Error, Self::Shed, Self::Invalid];
+
+    /// The label value.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Partial => "partial",
+            Self::Error => "error",
+            Self::Shed => "shed",
+            Self::Invalid => "invalid",
+        }
+    }
 }
 
+/// Whose pool a call's connection came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Manager {
+    /// The expert's own.
+    Own,
+    /// The one for all.
+    Unified,
+}
+
+/// Whose pool, and whether the connection was open already.
+const ACQUIRED: [(&str, &str); 4] =
+    [("own", "false"), ("own", "true"), ("unified", "false"), ("unified", "true")];
+
 /// The components that the monitor watches.
-pub(crate) const COMPONENTS: [&str; 4] = ["memory", "cpu", "disk", "network"];
+pub(crate) const COMPONENTS: [&str; 5] = ["memory", "cpu", "disk", "network", "upstream"];
 
 type Labels = Vec<(&'static str, String)>;
 
@@ -107,17 +141,104 @@ fn acquire_histogram() -> Histogram {
     ])
 }
 
-/// The metrics of one expert.
+/// How long an expert's calls take: a histogram and, while `monitoring.preAggregation` is on, their current window.
+#[derive(Debug, Clone)]
+pub(crate) struct Latency {
+    histogram: Histogram,
+    summed: Arc<Mutex<Summed>>,
+}
+
+#[derive(Debug, Default)]
+struct Summed {
+    calls: u64,
+    seconds: f64,
+    on: bool,
+    window: Option<Window>,
+}
+
+impl Default for Latency {
+    fn default() -> Self {
+        Self { histogram: histogram(), summed: Arc::default() }
+    }
+}
+
+impl EncodeMetric for Latency {
+    fn encode(&self, encoder: MetricEncoder<'_>) -> Result<(), std::fmt::Error> {
+        self.histogram.encode(encoder)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        self.histogram.metric_type()
+    }
+}
+
+impl TypedMetric for Latency {
+    const TYPE: MetricType = <Histogram as TypedMetric>::TYPE;
+}
+
+impl Latency {
+    pub(crate) fn observe(&self, seconds: f64) {
+        self.histogram.observe(seconds);
+        let mut summed = self.summed();
+        summed.calls += 1;
+        summed.seconds += seconds;
+        if summed.on {
+            Window::add(&mut summed.window, seconds);
+        }
+    }
+
+    /// Calls so far, and their seconds.
+    pub(crate) fn total(&self) -> (u64, f64) {
+        let summed = self.summed();
+        (summed.calls, summed.seconds)
+    }
+
+    /// Begins to sum up calls, or ends it.
+    pub(crate) fn sum_up(&self, on: bool) {
+        let mut summed = self.summed();
+        (summed.on, summed.window) = (on, None);
+    }
+
+    /// The calls since the last time.
+    pub(crate) fn take_window(&self) -> Option<Window> {
+        self.summed().window.take()
+    }
+
+    fn summed(&self) -> std::sync::MutexGuard<'_, Summed> {
+        self.summed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The metrics of one expert; by default they are not shown to anybody.
 #[derive(Debug, Clone)]
 pub(crate) struct Service {
     requests: [Counter; 7],
-    pub(crate) duration: Histogram,
+    pub(crate) duration: Latency,
     pub(crate) acquire: Histogram,
+    acquired: [Counter; 4],
     pub(crate) opened: Counter,
     pub(crate) open: Gauge,
+    pub(crate) lookups: Counter,
     pub(crate) retries: Counter,
     pub(crate) breaker_opened: Counter,
     breaker: [Gauge; 3],
+}
+
+impl Default for Service {
+    fn default() -> Self {
+        Self {
+            requests: Default::default(),
+            duration: Latency::default(),
+            acquire: acquire_histogram(),
+            acquired: Default::default(),
+            opened: Counter::default(),
+            open: Gauge::default(),
+            lookups: Counter::default(),
+            retries: Counter::default(),
+            breaker_opened: Counter::default(),
+            breaker: Default::default(),
+        }
+    }
 }
 
 /// The states of a breaker, and their label values.
@@ -125,6 +246,11 @@ const BREAKER: [(State, &str); 3] =
     [(State::Closed, "closed"), (State::Open, "open"), (State::HalfOpen, "half_open")];
 
 impl Service {
+    /// Counts a connection that a call has got.
+    pub(crate) fn acquired(&self, manager: Manager, reused: bool) {
+        self.acquired[2 * usize::from(manager == Manager::Unified) + usize::from(reused)].inc();
+    }
+
     pub(crate) fn count(&self, outcome: Outcome) {
         self.requests[outcome as usize].inc();
     }
@@ -152,23 +278,32 @@ pub(crate) struct Metrics {
     pub(crate) query_duration: Histogram,
     pub(crate) inflight: Gauge,
     requests: Family<Labels, Counter>,
-    duration: Family<Labels, Histogram, fn() -> Histogram>,
+    duration: Family<Labels, Latency>,
     acquire: Family<Labels, Histogram, fn() -> Histogram>,
+    acquired: Family<Labels, Counter>,
     opened: Family<Labels, Counter>,
     open: Family<Labels, Gauge>,
+    lookups: Family<Labels, Counter>,
     retries: Family<Labels, Counter>,
     breaker_opened: Family<Labels, Counter>,
     breaker: Family<Labels, Gauge>,
-    pub(crate) pool_hit: Counter,
-    pub(crate) pool_miss: Counter,
+    pub(crate) pool: pool::Counts,
     pub(crate) pool_objects: Gauge,
     pub(crate) pool_held_bytes: Gauge,
     pub(crate) cache_hit: Counter,
     pub(crate) cache_miss: Counter,
     pub(crate) cache_entries: Gauge,
     pub(crate) cache_bytes: Gauge,
-    pub(crate) components: [Component; 4],
+    pub(crate) evictions: Evictions,
+    pub(crate) results: results::Counts,
+    /// What bounds this process's memory.
+    pub(crate) cgroup: Cgroup,
+    pub(crate) components: [Component; 5],
     pub(crate) monitor_cpu: Counter<f64, std::sync::atomic::AtomicU64>,
+    /// Queries by who asked.
+    pub(crate) requesters: Arc<Limited>,
+    /// The monitor's points.
+    pub(crate) store: Arc<Store>,
     config_info: Family<Labels, Gauge>,
     pub(crate) reload_applied: Counter,
     pub(crate) reload_rejected: Counter,
@@ -190,7 +325,7 @@ impl Metrics {
                 .collect::<Vec<_>>()
         };
 
-        let outcomes = Verdict::ALL.map(|(_, name)| name);
+        let outcomes = Verdict::ALL.map(Verdict::as_str);
         let queries = counters(own, "queries", "Queries by how they ended", "outcome", &outcomes);
         let queries = std::array::from_fn(|i| queries[i].clone());
         let query_duration = histogram();
@@ -204,7 +339,7 @@ impl Metrics {
 
         let requests = Family::default();
         own.register("upstream_requests", "Calls to experts by how they ended", requests.clone());
-        let duration = Family::new_with_constructor(histogram as fn() -> Histogram);
+        let duration = Family::<Labels, Latency>::default();
         own.register(
             "upstream_duration_seconds",
             "Time of a call to an expert, waiting included",
@@ -213,10 +348,16 @@ impl Metrics {
         let acquire = Family::new_with_constructor(acquire_histogram as fn() -> Histogram);
         let help = "Time until a call had a connection: waiting, name look-up and connecting";
         own.register("upstream_acquire_seconds", help, acquire.clone());
+        let acquired = Family::default();
+        let help =
+            "Connections that calls got, by whose pool they came from and whether they were open already";
+        own.register("upstream_acquired", help, acquired.clone());
         let opened = Family::default();
         own.register("upstream_connections_opened", "Connections opened to experts", opened.clone());
         let open = Family::default();
         own.register("upstream_connections_open", "Connections to experts that are open", open.clone());
+        let lookups = Family::default();
+        own.register("upstream_lookups", "Times that the system was asked for addresses", lookups.clone());
         let retries = Family::default();
         own.register("upstream_retries", "Further attempts of calls to experts", retries.clone());
         let breaker_opened = Family::default();
@@ -224,8 +365,18 @@ impl Metrics {
         let breaker = Family::default();
         own.register("breaker_state", "1 for the state that an expert's breaker is in", breaker.clone());
 
-        let pool =
+        let taken =
             counters(own, "pool_acquired", "Buffers taken, from the pool or new", "result", &["hit", "miss"]);
+        let results = ["kept", "dropped_full", "dropped_large"];
+        let released =
+            counters(own, "pool_released", "Buffers given back, kept or freed", "result", &results);
+        let pool = pool::Counts {
+            hit: taken[0].clone(),
+            miss: taken[1].clone(),
+            kept: released[0].clone(),
+            full: released[1].clone(),
+            large: released[2].clone(),
+        };
         let pool_objects = Gauge::default();
         own.register("pool_objects", "Buffers that wait in the pool", pool_objects.clone());
         let pool_held_bytes = Gauge::default();
@@ -236,6 +387,24 @@ impl Metrics {
         own.register("cache_entries", "Answers in the cache", cache_entries.clone());
         let cache_bytes = Gauge::default();
         own.register("cache_bytes", "Bytes of the cache, book-keeping included", cache_bytes.clone());
+        let reasons = ["ttl", "capacity", "pressure"];
+        let evicted = counters(own, "cache_evictions", "Answers dropped from the cache", "reason", &reasons);
+        let evictions =
+            Evictions { ttl: evicted[0].clone(), capacity: evicted[1].clone(), pressure: evicted[2].clone() };
+        let cgroup = Cgroup::of_this_process();
+        own.register_collector(Box::new(Pressure(cgroup.clone())));
+
+        let kinds = ["sent", "lost", "dropped"];
+        let handed = counters(own, "results", "Results by what became of them", "result", &kinds);
+        let results = results::Counts {
+            sent: handed[0].clone(),
+            lost: handed[1].clone(),
+            dropped: handed[2].clone(),
+            ..results::Counts::default()
+        };
+        own.register("results_pending", "Results that wait for the collector", results.pending.clone());
+        let help = "Batches of results that were refused and split";
+        own.register("batch_splits", help, results.splits.clone());
 
         let points = counters(own, "monitor_points", "Points recorded", "component", &COMPONENTS);
         let probes = counters(own, "monitor_probes", "Values read", "component", &COMPONENTS);
@@ -243,6 +412,17 @@ impl Metrics {
             std::array::from_fn(|i| Component { points: points[i].clone(), probes: probes[i].clone() });
         let monitor_cpu = Counter::default();
         own.register("monitor_cpu_seconds", "CPU time that the monitor itself used", monitor_cpu.clone());
+
+        let updates = Counter::default();
+        own.register("metric_updates", "Counts under labels that clients choose", updates.clone());
+        let overflow = Family::<Labels, Counter>::default();
+        let help = "Counts whose label was folded, since its family was full";
+        own.register("metric_overflow", help, overflow.clone());
+        let labels = vec![("family", REQUESTERS.to_owned()), ("label", "requester".to_owned())];
+        let requesters = Arc::new(Limited::new(updates, overflow.get_or_create_owned(&labels)));
+        own.register_collector(Box::new(Requesters(requesters.clone())));
+        let store = Arc::<Store>::default();
+        own.register_collector(Box::new(Newest(store.clone())));
 
         let config_info = Family::default();
         own.register("config_info", "Hash of the configuration in force", config_info.clone());
@@ -259,21 +439,27 @@ impl Metrics {
             requests,
             duration,
             acquire,
+            acquired,
             opened,
             open,
+            lookups,
             retries,
             breaker_opened,
             breaker,
-            pool_hit: pool[0].clone(),
-            pool_miss: pool[1].clone(),
+            pool,
             pool_objects,
             pool_held_bytes,
             cache_hit: cache[0].clone(),
             cache_miss: cache[1].clone(),
             cache_entries,
             cache_bytes,
+            evictions,
+            results,
+            cgroup,
             components,
             monitor_cpu,
+            requesters,
+            store,
             config_info,
             reload_applied: reloads[0].clone(),
             reload_rejected: reloads[1].clone(),
@@ -283,6 +469,12 @@ impl Metrics {
 
     pub(crate) fn count(&self, verdict: Verdict) {
         self.queries[verdict as usize].inc();
+    }
+
+    /// Counts a query that somebody is known to have asked.
+    pub(crate) fn count_of(&self, requester: &str, verdict: Verdict) {
+        self.count(verdict);
+        self.requesters.count(requester, verdict as usize);
     }
 
     /// The metrics of one expert, made when they are new, with every outcome at zero, so that the first failure is
@@ -295,16 +487,23 @@ impl Metrics {
             }),
             duration: self.duration.get_or_create_owned(&labels),
             acquire: self.acquire.get_or_create_owned(&labels),
+            acquired: ACQUIRED.map(|kind| self.acquired.get_or_create_owned(&acquired(name, kind))),
             opened: self.opened.get_or_create_owned(&labels),
             open: self.open.get_or_create_owned(&labels),
+            lookups: self.lookups.get_or_create_owned(&labels),
             retries: self.retries.get_or_create_owned(&labels),
             breaker_opened: self.breaker_opened.get_or_create_owned(&labels),
             breaker: BREAKER.map(|(_, name)| self.breaker.get_or_create_owned(&with(&labels, "state", name))),
         }
     }
 
-    /// Shows that `new` is in force, and drops the series of experts that only `old` had.
+    /// Shows that `new` is in force, bounds what it bounds, and drops the series of experts that only `old` had.
     pub(crate) fn configured(&self, hash: &str, old: Option<&Config>, new: &Config) {
+        let limit = &new.optimizations.monitoring.cardinality_limit;
+        self.requesters.limit(match limit.enabled {
+            true => limit.max_series as usize,
+            false => cardinality::BASELINE_MAX_SERIES,
+        });
         self.config_info.clear();
         self.config_info.get_or_create(&vec![("hash", hash.to_owned())]).set(1);
         for expert in old.map_or(&[][..], |old| &old.experts) {
@@ -320,8 +519,12 @@ impl Metrics {
             }
             self.duration.remove(&labels);
             self.acquire.remove(&labels);
+            for kind in ACQUIRED {
+                self.acquired.remove(&acquired(&expert.name, kind));
+            }
             self.opened.remove(&labels);
             self.open.remove(&labels);
+            self.lookups.remove(&labels);
             self.retries.remove(&labels);
             self.breaker_opened.remove(&labels);
         }
@@ -335,6 +538,86 @@ impl Metrics {
             tracing::warn!(%error, "metrics could not be encoded whole");
         }
         text
+    }
+}
+
+fn acquired(service: &str, (manager, reused): (&str, &str)) -> Labels {
+    vec![("service", service.to_owned()), ("manager", manager.to_owned()), ("reused", reused.to_owned())]
+}
+
+const REQUESTERS: &str = "requester_queries";
+
+/// Queries by who asked and how they ended, as far as `monitoring.cardinalityLimit` lets them apart.
+#[derive(Debug)]
+struct Requesters(Arc<Limited>);
+
+impl Collector for Requesters {
+    fn encode(&self, mut to: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let series = self.0.series();
+        let help = "Queries by who asked and how they ended";
+        let mut all = to.encode_descriptor(REQUESTERS, help, None, MetricType::Counter)?;
+        for (requester, outcome, count) in &series {
+            let labels = [("requester", &**requester), ("outcome", Verdict::ALL[*outcome].as_str())];
+            ConstCounter::new(*count).encode(all.encode_family(&labels)?)?;
+        }
+        let (now, most) = self.0.size();
+        let labels = [("family", REQUESTERS)];
+        for (name, help, value) in [
+            ("metric_series", "Series whose labels clients choose", now),
+            ("metric_series_limit", "Most series that there can be", most),
+        ] {
+            let mut family = to.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            ConstGauge::new(value as i64).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// How close the container is to its memory limit.
+#[derive(Debug)]
+struct Pressure(Cgroup);
+
+impl Collector for Pressure {
+    fn encode(&self, mut to: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let Some(reading) = self.0.read() else { return Ok(()) };
+        let mut gauge = |name: &str, help: &str, value: f64| {
+            let gauge = ConstGauge::new(value);
+            gauge.encode(to.encode_descriptor(name, help, None, gauge.metric_type())?)
+        };
+        if let Some(limit) = reading.limit {
+            gauge("memory_limit_bytes", "Memory limit of the container", limit as f64)?;
+            gauge("memory_pressure_ratio", "Share of that limit in use", reading.ratio())?;
+        }
+        if let Some(stall) = reading.stall {
+            gauge("memory_stall_ratio", "Share of ten seconds in which a thread waited for memory", stall)?;
+        }
+        Ok(())
+    }
+}
+
+/// The newest point of each monitored series, so that what is recorded can be seen without the points themselves.
+#[derive(Debug)]
+struct Newest(Arc<Store>);
+
+impl Collector for Newest {
+    fn encode(&self, mut to: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let help = "The newest recorded point, and what was seen since the one before";
+        let mut family = to.encode_descriptor("monitor_value", help, None, MetricType::Gauge)?;
+        for (series, point) in self.0.newest() {
+            let mut gauge = |stat: &str, value: f64| {
+                let labels = [("series", &*series), ("stat", stat)];
+                ConstGauge::new(value).encode(family.encode_family(&labels)?)
+            };
+            gauge("last", point.value)?;
+            if let Some(s) = point.summary {
+                gauge("min", s.min)?;
+                gauge("max", s.max)?;
+                gauge("mean", s.sum / s.count as f64)?;
+                gauge("p50", s.p50)?;
+                gauge("p99", s.p99)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -377,8 +660,12 @@ pub(crate) fn start_time() -> f64 {
 
 /// Resident memory in bytes, where the system tells.
 pub(crate) fn resident_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/self/statm").ok()?;
-    let pages: u64 = text.split(' ').nth(1)?.parse().ok()?;
+    parse_resident(&std::fs::read_to_string("/proc/self/statm").ok()?)
+}
+
+/// Resident memory in bytes, from the text of `/proc/self/statm`.
+pub(crate) fn parse_resident(statm: &str) -> Option<u64> {
+    let pages: u64 = statm.split(' ').nth(1)?.parse().ok()?;
     Some(pages * rustix::param::page_size() as u64)
 }
 

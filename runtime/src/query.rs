@@ -25,7 +25,7 @@ pub(crate) struct Query<'a> {
     #[serde(borrow)]
     pub(crate) content: Cow<'a, str>,
     #[serde(borrow)]
-    requester: Cow<'a, str>,
+    pub(crate) requester: Cow<'a, str>,
     /// Names of the experts to ask; absent: all.
     #[serde(borrow, default)]
     pub(crate) experts: Option<Vec<Cow<'a, str>>>,

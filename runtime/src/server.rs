@@ -21,7 +21,7 @@ use tokio::{
 
 use crate::{
     api::{self, Port, Route},
-    monitoring, reload,
+    monitoring, reload, results,
     state::Runtime,
 };
 
@@ -130,7 +130,8 @@ impl Server {
         let mut helpers = tokio::task::JoinSet::new();
         helpers.spawn(reload::watch(runtime.clone(), options.config.clone()));
         helpers.spawn(monitoring::run(runtime.clone(), runtime.changes()));
-        helpers.spawn(runtime.clone().housekeep(stopped));
+        helpers.spawn(runtime.clone().housekeep(stopped.clone()));
+        let results = tokio::spawn(results::run(runtime.clone(), stopped));
         // The admin port serves to the very end, since that is when people look.
         let (_admin_phase, admin_phases) = watch::channel(Phase::Serving);
         helpers.spawn(listen(admin, runtime.clone(), Port::Admin, options.patience.clone(), admin_phases));
@@ -159,6 +160,8 @@ impl Server {
             }
         }
         stop_watch.send_replace(true);
+        // It has a time-out of its own, and cannot fail.
+        let _ = results.await;
         drained || left == 0
     }
 }

@@ -4,6 +4,7 @@
 //! the parts that it leaves as they are; the parts that it replaces live on until the last query that holds them ends.
 
 use std::{
+    collections::HashSet,
     net::SocketAddr,
     sync::{
         Arc, Mutex, PoisonError,
@@ -20,11 +21,12 @@ use crate::{
     api::Admission,
     cache::{self, Bounds, Cache},
     config::{self, Config},
-    connections::{self, Address, Limits},
+    connections::{self, Pool, Route, Target},
     experts::{Expert, Upstream},
-    metrics::Metrics,
-    monitoring::Store,
-    pool::{Buffer, BufferPool},
+    metrics::{Metrics, Service},
+    pool::{self, Buffer, BufferPool},
+    pressure::Reading,
+    results::{Collector, Results},
 };
 
 /// A configuration in force, with all that belongs to it.
@@ -39,12 +41,54 @@ pub(crate) struct Snapshot {
     /// Absent: the baseline path.
     pub(crate) buffers: Option<Arc<BufferPool>>,
     pub(crate) cache: Arc<Cache>,
+    /// Absent: nobody collects results.
+    pub(crate) collector: Option<Arc<Collector>>,
 }
 
 impl Snapshot {
     /// An empty buffer, from the pool where there is one.
     pub(crate) fn buffer(&self) -> Buffer {
         self.buffers.as_ref().map(BufferPool::take).unwrap_or_default()
+    }
+
+    /// Gives memory back if the container is short of it; says whether it was.
+    fn relieve(&self, reading: &Reading, now: Instant) -> bool {
+        let evict = &self.config.optimizations.memory.evict;
+        let stall = reading.stall.unwrap_or(0.0);
+        let short = reading.ratio() >= evict.threshold || (reading.limit.is_some() && stall >= evict.stall);
+        if short {
+            self.cache.evict(evict.fraction, now);
+            if let Some(buffers) = &self.buffers {
+                buffers.drain();
+            }
+            let (entries, _) = self.cache.size();
+            tracing::warn!(
+                ratio = reading.ratio(),
+                stall,
+                entries,
+                "memory is short: part of the cache is gone"
+            );
+        }
+        short
+    }
+
+    /// Closes and drops what is too old.
+    fn sweep(&self, now: Instant) {
+        let mut swept = HashSet::new();
+        for pool in self.pools().filter(|pool| swept.insert(Arc::as_ptr(pool))) {
+            pool.sweep();
+        }
+        self.cache.sweep(now);
+    }
+
+    /// Every way to another service.
+    fn routes(&self) -> impl Iterator<Item = &Route> {
+        self.experts.iter().map(|expert| &expert.route).chain(self.collector.iter().map(|c| &c.route))
+    }
+
+    /// The pools of all ways; one that several share comes several times.
+    fn pools(&self) -> impl Iterator<Item = &Arc<Pool>> {
+        self.routes().flat_map(Route::pools)
     }
 }
 
@@ -78,7 +122,7 @@ pub(crate) struct Runtime {
     /// One configuration at a time.
     applying: Mutex<()>,
     pub(crate) metrics: Metrics,
-    pub(crate) store: Store,
+    pub(crate) results: Results,
     /// Queries being served.
     pub(crate) inflight: AtomicUsize,
     pub(crate) draining: AtomicBool,
@@ -106,8 +150,8 @@ impl Runtime {
             changed: watch::Sender::new(1),
             rejected: Mutex::default(),
             applying: Mutex::default(),
+            results: Results::new(metrics.results.clone()),
             metrics,
-            store: Store::default(),
             inflight: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
             instance: HeaderValue::from_str(instance).unwrap_or(HeaderValue::from_static("unknown")),
@@ -156,11 +200,15 @@ impl Runtime {
                 self.metrics.configured(&hash, Some(&old.config), &snapshot.config);
                 self.current.store(snapshot.clone());
                 *self.rejected.lock().unwrap_or_else(PoisonError::into_inner) = None;
-                for expert in &old.experts {
-                    let pool = &expert.route.pool;
-                    if !snapshot.experts.iter().any(|new| Arc::ptr_eq(&new.route.pool, pool)) {
+                for pool in old.pools() {
+                    if !snapshot.pools().any(|new| Arc::ptr_eq(new, pool)) {
                         pool.retire();
                     }
+                }
+                if let Some(buffers) = &old.buffers
+                    && !snapshot.buffers.as_ref().is_some_and(|new| Arc::ptr_eq(new, buffers))
+                {
+                    buffers.retire();
                 }
                 self.metrics.reload_applied.inc();
                 self.changed.send_replace(snapshot.generation);
@@ -183,23 +231,31 @@ impl Runtime {
     /// Closes, frees and forgets what is too old, once a second.
     pub(crate) async fn housekeep(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
         let mut tick = tokio::time::interval(Duration::from_secs(1));
-        let mut ticks = 0_u64;
+        let (mut refreshed, mut trimmed, mut evicted) = (Instant::now(), Instant::now(), None::<Instant>);
         while !*stop.borrow() {
             tokio::select! {
                 _ = tick.tick() => {}
                 _ = stop.changed() => return,
             }
-            ticks += 1;
-            let snapshot = self.snapshot();
-            for expert in &snapshot.experts {
-                expert.route.pool.sweep();
-            }
-            snapshot.cache.sweep(Instant::now());
-            if ticks.is_multiple_of(5) {
+            let (snapshot, now) = (self.snapshot(), Instant::now());
+            snapshot.sweep(now);
+            if refreshed.elapsed() >= REFRESH {
                 refresh(snapshot.clone()).await;
+                refreshed = now;
             }
-            if let Some(buffers) = snapshot.buffers.as_ref().filter(|_| ticks.is_multiple_of(30)) {
+            let memory = &snapshot.config.optimizations.memory;
+            if let Some(buffers) = &snapshot.buffers
+                && now.duration_since(trimmed) >= memory.object_pool.trim_every
+            {
                 buffers.trim();
+                trimmed = now;
+            }
+            let rested = evicted.is_none_or(|last| now.duration_since(last) >= memory.evict.cooldown);
+            if memory.evict.enabled
+                && rested
+                && self.metrics.cgroup.read().is_some_and(|reading| snapshot.relieve(&reading, now))
+            {
+                evicted = Some(now);
             }
         }
     }
@@ -220,6 +276,9 @@ impl Runtime {
         self.metrics.encode()
     }
 }
+
+/// How often secrets are read again.
+const REFRESH: Duration = Duration::from_secs(5);
 
 /// Reads secrets again, off the threads that serve.
 async fn refresh(snapshot: Arc<Snapshot>) {
@@ -270,8 +329,12 @@ fn build(
     let buffers = pool.enabled.then(|| {
         let kept = old.filter(|old| old.config.optimizations.memory.object_pool == *pool);
         kept.and_then(|old| old.buffers.clone()).unwrap_or_else(|| {
-            let (hit, miss) = (metrics.pool_hit.clone(), metrics.pool_miss.clone());
-            Arc::new(BufferPool::new(pool.max_objects as usize, size(pool.retain_max), hit, miss))
+            let bounds = pool::Bounds {
+                max_objects: pool.max_objects as usize,
+                max_bytes: size(pool.max_bytes),
+                retain_max: size(pool.retain_max),
+            };
+            Arc::new(BufferPool::new(&bounds, metrics.pool.clone()))
         })
     });
 
@@ -288,44 +351,26 @@ fn build(
         },
     };
     let cache = old.map(|old| &old.cache).filter(|cache| cache.bounds == bounds).cloned();
-    let cache = cache.unwrap_or_else(|| Arc::new(Cache::new(bounds)));
+    let cache = cache.unwrap_or_else(|| Arc::new(Cache::new(bounds, metrics.evictions.clone())));
 
-    let mut upstreams = Vec::with_capacity(config.experts.len());
+    let mut upstreams = Vec::with_capacity(config.experts.len() + 1);
     for (i, expert) in config.experts.iter().enumerate() {
-        upstreams.push(Upstream::of(expert).ok_or_else(|| {
-            config::Error::one(format!("experts[{i}].url"), format!("{:?} is not a URL", expert.url))
-        })?);
+        upstreams.push(Upstream::of(expert).ok_or_else(|| no_url(format!("experts[{i}].url"), &expert.url))?);
     }
-    let unified = &config.optimizations.connections.unified;
-    let limits = match unified.enabled {
-        true => Limits {
-            per_host: unified.per_host as usize,
-            total: Some(unified.total as usize),
-            keep_alive: unified.keep_alive,
-            acquire_timeout: Some(unified.acquire_timeout),
-        },
-        false => Limits {
-            per_host: config.baseline.per_host as usize,
-            total: None,
-            keep_alive: config.baseline.keep_alive,
-            acquire_timeout: None,
-        },
-    };
-    let kept = old.filter(|old| {
-        old.config.experts == config.experts
-            && old.config.optimizations.connections.unified.enabled == unified.enabled
-            && old.experts.first().is_some_and(|expert| *expert.route.pool.limits() == limits)
-    });
-    let routes = match kept {
-        Some(old) => old.experts.iter().map(|expert| expert.route.clone()).collect(),
-        None => {
-            let addresses: Vec<Address> = upstreams.iter().map(|u| u.address.clone()).collect();
-            connections::routes(&limits, unified.enabled, &addresses)
-        }
-    };
+    if let Some(results) = &config.results {
+        let upstream = Upstream::at(&results.url, str::to_owned);
+        upstreams.push(upstream.ok_or_else(|| no_url("results.url".to_owned(), &results.url))?);
+    }
+    let names = config.experts.iter().map(|expert| expert.name.as_str()).chain(["results"]);
+    let targets: Vec<Target> = names
+        .zip(&upstreams)
+        .map(|(name, upstream)| Target { name: name.to_owned(), address: upstream.address.clone() })
+        .collect();
+    let known: Vec<&Route> = old.into_iter().flat_map(Snapshot::routes).collect();
+    let mut routes = upstreams.into_iter().zip(connections::routes(&config, &targets, &known)?);
 
     let mut experts = Vec::with_capacity(config.experts.len());
-    for (i, ((expert, upstream), route)) in config.experts.iter().zip(upstreams).zip(routes).enumerate() {
+    for (i, (expert, (upstream, route))) in config.experts.iter().zip(&mut routes).enumerate() {
         let before = old.and_then(|old| old.experts.iter().find(|before| before.config == *expert));
         let service = metrics.service(&expert.name);
         let built = Expert::new(expert, &config.dispatch, upstream, route, service, before.map(|b| &**b));
@@ -334,9 +379,57 @@ fn build(
             built.map_err(|reason| config::Error::one(format!("experts[{i}].credential.from"), reason))?,
         ));
     }
-    Ok(Snapshot { hash, generation, admission, experts, buffers, cache, config })
+    let collector = config.results.as_ref().zip(routes.next()).map(|(results, (upstream, route))| {
+        let limit = &config.optimizations.memory.batch_limit;
+        Arc::new(Collector {
+            config: results.clone(),
+            path: upstream.path,
+            host: upstream.host,
+            route,
+            metrics: Service::default(),
+            limit: limit.enabled.then(|| limit.clone()),
+        })
+    });
+    Ok(Snapshot { hash, generation, admission, experts, buffers, cache, collector, config })
+}
+
+fn no_url(field: String, url: &str) -> config::Error {
+    config::Error::one(field, format!("{url:?} is not a URL"))
 }
 
 fn size(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_given_back_when_the_container_is_short_of_it() {
+        let file =
+            "experts: [{name: a, url: \"http://a\"}]\noptimizations: {memory: {objectPool: {enabled: true}}}";
+        for (used, limit, stall, short) in [
+            (79, Some(100), None, false),
+            (80, Some(100), None, true),
+            (u64::MAX, None, None, false),
+            (10, Some(100), Some(0.2), true),
+            (10, Some(100), Some(0.19), false),
+            // Others on the machine are short of memory, but nothing here is to blame.
+            (10, None, Some(1.0), false),
+            (5, Some(0), None, true),
+        ] {
+            let runtime = Runtime::new(file.as_bytes(), "test", None).expect("valid");
+            let (snapshot, now) = (runtime.snapshot(), Instant::now());
+            for i in 0..10 {
+                let answer: Box<serde_json::value::RawValue> = serde_json::from_str("1").expect("valid");
+                let key = cache::Key { expert: "a".into(), body: [i; 32] };
+                snapshot.cache.put(key, answer.into(), now);
+            }
+            snapshot.buffer().push(1);
+            assert_eq!(snapshot.relieve(&Reading { used, limit, stall }, now), short);
+            let left = (snapshot.cache.size().0, snapshot.buffers.as_ref().map(|b| b.size().0));
+            assert_eq!(left, if short { (8, Some(0)) } else { (10, Some(1)) }, "{used} of {limit:?}");
+        }
+    }
 }

@@ -17,10 +17,13 @@ async fn a_new_file_is_in_force_at_once() {
     let changed = config(experts, |c| switch(c, true, true, true));
     let begun = Instant::now();
     running.apply(&changed).await;
-    let took = begun.elapsed();
-    assert!(took.as_millis() < 200, "{took:?}");
+    // The watch noticed it, not the poll of every five seconds.
+    assert!(begun.elapsed().as_secs() < 4, "{:?}", begun.elapsed());
     let shown = running.config().await;
     assert_eq!(shown["generation"], 2);
+    let schema = common::get(running.admin, "/schema").await;
+    assert_eq!(schema.header("content-type"), "application/schema+json");
+    assert_eq!(schema.json()["title"], "Config");
     assert_eq!(shown["rejected"], Value::Null);
     assert_eq!(shown["optimizations"]["connections"]["unified"]["enabled"], true);
     assert_eq!(shown["optimizations"]["connections"]["unified"]["keepAlive"], "30s");
@@ -104,7 +107,7 @@ async fn a_swapped_symlink_is_noticed() {
     std::fs::remove_dir_all(at("..2")).unwrap();
     let hash = synthex_runtime::config::hash(third.to_string().as_bytes());
     eventually("the third version", async || (running.config().await["hash"] == hash).then_some(())).await;
-    assert!(begun.elapsed().as_millis() < 200, "{:?}", begun.elapsed());
+    assert!(begun.elapsed().as_secs() < 4, "{:?}", begun.elapsed());
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::Parser;
 use synthex_runtime::{
+    config::Config,
     process::{self, LogFormat},
     server::{Options, Patience, Server},
 };
@@ -24,8 +25,11 @@ pub static MALLOC_CONF: &[u8; process::MALLOC_CONF.len()] = process::MALLOC_CONF
 #[command(version)]
 struct Arguments {
     /// The configuration file (YAML or JSON); it is applied again whenever it changes.
+    #[arg(long, required_unless_present = "schema")]
+    config: Option<PathBuf>,
+    /// Print the JSON schema of the configuration file, and end.
     #[arg(long)]
-    config: PathBuf,
+    schema: bool,
     /// How log lines look.
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -34,10 +38,14 @@ struct Arguments {
 #[tokio::main]
 async fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
+    let Some(config) = arguments.config.filter(|_| !arguments.schema) else {
+        println!("{}", Config::schema());
+        return Ok(ExitCode::SUCCESS);
+    };
     process::init_logging(arguments.log_format)?;
     let terminated = process::terminated()?;
     let server = Server::start(Options {
-        config: arguments.config,
+        config,
         instance: process::instance(),
         allocations: Some(process::allocations),
         patience: Patience::default(),

@@ -76,6 +76,11 @@ pub mod duration {
         if text.is_empty() { "0s".to_owned() } else { text }
     }
 
+    /// For `#[schemars(schema_with = …)]`.
+    pub fn schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({"type": "string", "examples": ["250ms", "90s", "1h30m"]})
+    }
+
     /// For `#[serde(with = …)]`.
     pub fn serialize<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
         to.serialize_str(&format(*value))
@@ -109,6 +114,28 @@ pub mod duration {
         }
         from.deserialize_any(Visitor)
     }
+
+    /// For fields that may be absent.
+    pub mod option {
+        use std::time::Duration;
+
+        use serde::{Deserialize, Deserializer, Serializer};
+
+        /// For `#[serde(with = …)]`.
+        pub fn serialize<S: Serializer>(value: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
+            match value {
+                Some(value) => super::serialize(value, to),
+                None => to.serialize_none(),
+            }
+        }
+
+        /// For `#[serde(with = …)]`.
+        pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+            #[derive(Deserialize)]
+            struct Text(#[serde(with = "super")] Duration);
+            Ok(Option::<Text>::deserialize(from)?.map(|Text(value)| value))
+        }
+    }
 }
 
 /// Serde adapter for byte sizes: an integer, or a string with a unit (`16KiB`, `64MiB`).
@@ -139,6 +166,11 @@ pub mod bytes {
             .iter()
             .find(|(_, scale)| value >= *scale && value.is_multiple_of(*scale))
             .map_or_else(|| format!("{value}B"), |(unit, scale)| format!("{}{unit}", value / scale))
+    }
+
+    /// For `#[schemars(schema_with = …)]`.
+    pub fn schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({"type": ["string", "integer"], "examples": ["16KiB", "64MiB", 4096]})
     }
 
     /// For `#[serde(with = …)]`.

@@ -71,6 +71,11 @@ impl Series {
         Self { intervals, tolerance, state: None }
     }
 
+    /// The interval at the start, and while there is no value.
+    pub(crate) fn base(&self) -> Duration {
+        self.intervals.base
+    }
+
     /// Takes the value `x` seen at `now`, a time on any clock that never goes back.
     pub(crate) fn probe(&mut self, now: Duration, x: f64) -> Decision {
         let Intervals { base, min, probe_max, heartbeat } = self.intervals;
