@@ -10,11 +10,14 @@ use std::{
 };
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Either, Full};
 use hyper::{
-    Method, Request, Response, StatusCode,
+    HeaderMap, Method, Request, Response, StatusCode,
     body::{Body, Incoming},
-    header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER},
+    header::{
+        ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER,
+        WWW_AUTHENTICATE,
+    },
 };
 use serde::Serialize;
 use serde_json::{json, value::RawValue};
@@ -30,8 +33,79 @@ use crate::{
     state::{Runtime, Snapshot},
 };
 
-/// An answer, whole in memory.
-pub(crate) type Reply = Response<Full<Bytes>>;
+mod admission;
+mod chat;
+
+pub(crate) use admission::Admission;
+use admission::Denied;
+
+/// An answer: whole in memory, or an expert's on its way.
+pub(crate) type Reply = Response<Either<Full<Bytes>, chat::Passing>>;
+
+/// The two ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Port {
+    Serving,
+    Admin,
+}
+
+/// All that there is to be asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Route {
+    Queries,
+    ChatCompletions,
+    OpenApi,
+    Livez,
+    Readyz,
+    Metrics,
+    Config,
+    Schema,
+    Points,
+}
+
+impl Route {
+    pub(crate) const ALL: [Self; 9] = [
+        Self::Queries,
+        Self::ChatCompletions,
+        Self::OpenApi,
+        Self::Livez,
+        Self::Readyz,
+        Self::Metrics,
+        Self::Config,
+        Self::Schema,
+        Self::Points,
+    ];
+
+    pub(crate) fn path(self) -> &'static str {
+        match self {
+            Self::Queries => "/v1/queries",
+            Self::ChatCompletions => "/v1/chat/completions",
+            Self::OpenApi => "/openapi.json",
+            Self::Livez => "/livez",
+            Self::Readyz => "/readyz",
+            Self::Metrics => "/metrics",
+            Self::Config => "/config",
+            Self::Schema => "/schema",
+            Self::Points => "/points",
+        }
+    }
+
+    pub(crate) fn is_on(self, port: Port) -> bool {
+        match self {
+            Self::Queries | Self::ChatCompletions | Self::OpenApi => port == Port::Serving,
+            Self::Livez | Self::Readyz => true,
+            Self::Metrics | Self::Config | Self::Schema | Self::Points => port == Port::Admin,
+        }
+    }
+
+    /// What it may be asked with; where that is `GET`, also `HEAD`.
+    pub(crate) fn method(self) -> Method {
+        match self {
+            Self::Queries | Self::ChatCompletions => Method::POST,
+            _ => Method::GET,
+        }
+    }
+}
 
 /// An answer to a query. Fields that do not apply are left out.
 #[derive(Serialize)]
@@ -88,65 +162,140 @@ impl<'a> From<&'a Answer> for Row<'a> {
 }
 
 /// Why a query gets no answers.
-struct Refusal {
+pub(crate) struct Refusal {
     status: StatusCode,
     kind: &'static str,
     title: &'static str,
     detail: Cow<'static, str>,
     verdict: Verdict,
+    /// When it is worth to ask again.
+    after: Option<Duration>,
+    /// The body stays unread: the connection cannot be used again.
+    close: bool,
 }
 
 impl Refusal {
     fn invalid(status: StatusCode, kind: &'static str, title: &'static str, detail: String) -> Self {
-        Self { status, kind, title, detail: detail.into(), verdict: Verdict::Invalid }
+        let close = matches!(
+            status,
+            StatusCode::PAYLOAD_TOO_LARGE
+                | StatusCode::REQUEST_TIMEOUT
+                | StatusCode::UNAUTHORIZED
+                | StatusCode::TOO_MANY_REQUESTS
+        );
+        Self { status, kind, title, detail: detail.into(), verdict: Verdict::Invalid, after: None, close }
+    }
+
+    fn as_problem(&self) -> Reply {
+        self.finish(problem(self.status, self.kind, self.title, Cow::Borrowed(&self.detail)))
+    }
+
+    fn in_openai_shape(&self) -> Reply {
+        let body = chat::error(self.status, self.kind, &self.detail);
+        self.finish(reply(self.status, JSON, body.into()))
+    }
+
+    fn finish(&self, mut reply: Reply) -> Reply {
+        if let Some(after) = self.after {
+            retry_after(&mut reply, after);
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            reply.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if self.close {
+            close(&mut reply);
+        }
+        reply
     }
 }
 
 /// One query in flight, until it is dropped.
-struct InFlight<'a>(&'a Runtime);
+pub(crate) struct InFlight(Arc<Runtime>);
 
-impl<'a> InFlight<'a> {
-    fn enter(runtime: &'a Runtime, max: u32) -> Option<Self> {
+impl InFlight {
+    fn enter(runtime: &Arc<Runtime>, max: u32) -> Option<Self> {
         let before = runtime.inflight.fetch_add(1, Ordering::Relaxed);
         runtime.metrics.inflight.inc();
-        let entered = Self(runtime);
+        let entered = Self(runtime.clone());
         (before < max as usize).then_some(entered)
     }
 }
 
-impl Drop for InFlight<'_> {
+impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.inflight.fetch_sub(1, Ordering::Relaxed);
         self.0.metrics.inflight.dec();
     }
 }
 
-/// Answers a request on the serving port. `body_timeout` is how long a client may take to send its body.
-pub(crate) async fn serve(runtime: &Runtime, request: Request<Incoming>, body_timeout: Duration) -> Reply {
-    match (request.uri().path(), request.method()) {
-        ("/v1/queries", &Method::POST) => queries(runtime, request, body_timeout).await,
-        ("/v1/queries", _) => not_allowed("POST"),
-        _ => health(runtime, &request)
-            .unwrap_or_else(|| not_found("POST /v1/queries, GET /livez, GET /readyz")),
-    }
+/// Lets a query in: by its key, its rate, and by how many there are already.
+fn admit(
+    runtime: &Arc<Runtime>,
+    snapshot: &Snapshot,
+    headers: &HeaderMap,
+    now: Instant,
+) -> Result<InFlight, Refusal> {
+    snapshot.admission.admit(headers, now).map_err(|denied| match denied {
+        Denied::Key => Refusal::invalid(
+            StatusCode::UNAUTHORIZED,
+            "key",
+            "The API key is missing or not known",
+            "send it as authorization: Bearer <key>, or as x-api-key: <key>".to_owned(),
+        ),
+        Denied::Rate(after) => Refusal {
+            after: Some(after),
+            verdict: Verdict::Shed,
+            ..Refusal::invalid(
+                StatusCode::TOO_MANY_REQUESTS,
+                "rate",
+                "Too many queries",
+                "more queries came than server.rateLimit allows; ask again later".to_owned(),
+            )
+        },
+    })?;
+    let max = snapshot.config.server.max_in_flight;
+    InFlight::enter(runtime, max).ok_or_else(|| Refusal {
+        status: StatusCode::SERVICE_UNAVAILABLE,
+        kind: "overloaded",
+        title: "Too many queries in flight",
+        detail: format!("{max} queries are being served; try again").into(),
+        verdict: Verdict::Shed,
+        after: Some(Duration::from_secs(1)),
+        close: true,
+    })
 }
 
-/// Answers a request on the admin port.
-pub(crate) fn admin(runtime: &Runtime, request: &Request<Incoming>) -> Reply {
-    if let Some(reply) = health(runtime, request) {
-        return reply;
-    }
+/// Answers a request. `body_timeout` is how long a client may take to send its body.
+pub(crate) async fn serve(
+    runtime: &Arc<Runtime>,
+    port: Port,
+    request: Request<Incoming>,
+    body_timeout: Duration,
+) -> Reply {
     let path = request.uri().path();
-    if !matches!(path, "/metrics" | "/config" | "/points" | "/schema") {
-        return not_found("GET /metrics, GET /config, GET /schema, GET /points, GET /livez, GET /readyz");
+    let Some(route) = Route::ALL.into_iter().find(|route| route.is_on(port) && route.path() == path) else {
+        return not_found(port);
+    };
+    match (route.method(), request.method()) {
+        (Method::GET, &Method::GET | &Method::HEAD) => {}
+        (Method::GET, _) => return not_allowed("GET, HEAD"),
+        (method, asked) if method == *asked => {}
+        _ => return not_allowed("POST"),
     }
-    if request.method() != Method::GET && request.method() != Method::HEAD {
-        return not_allowed("GET, HEAD");
-    }
-    match path {
-        "/metrics" => reply(StatusCode::OK, metrics::CONTENT_TYPE, runtime.encode_metrics().into()),
-        "/schema" => reply(StatusCode::OK, SCHEMA, Config::schema().into()),
-        "/points" => {
+    match route {
+        Route::Queries => queries(runtime, request, body_timeout).await,
+        Route::ChatCompletions => chat::completions(runtime, request, body_timeout).await,
+        Route::OpenApi => reply(StatusCode::OK, JSON, Bytes::from_static(OPENAPI.as_bytes())),
+        // Liveness says that the process answers at all; readiness, that it wants queries.
+        Route::Livez => reply(StatusCode::OK, TEXT, "ok\n".into()),
+        Route::Readyz => match runtime.draining.load(Ordering::Relaxed) {
+            false => reply(StatusCode::OK, TEXT, "ok\n".into()),
+            true => reply(StatusCode::SERVICE_UNAVAILABLE, TEXT, "draining\n".into()),
+        },
+        Route::Metrics => reply(StatusCode::OK, metrics::CONTENT_TYPE, runtime.encode_metrics().into()),
+        Route::Config => config(runtime),
+        Route::Schema => reply(StatusCode::OK, SCHEMA, Config::schema().into()),
+        Route::Points => {
             let points: serde_json::Map<_, _> = runtime
                 .metrics
                 .store
@@ -155,18 +304,6 @@ pub(crate) fn admin(runtime: &Runtime, request: &Request<Incoming>) -> Reply {
                 .map(|(series, points)| (series, points.iter().map(point).collect()))
                 .collect();
             reply(StatusCode::OK, JSON, json!(points).to_string().into())
-        }
-        _ => {
-            let snapshot = runtime.snapshot();
-            let rejected = runtime.rejected();
-            let rejected = rejected.map(|r| json!({"hash": r.hash, "reason": r.reason}));
-            let shown = json!({
-                "hash": snapshot.hash,
-                "generation": snapshot.generation,
-                "optimizations": snapshot.config.optimizations,
-                "rejected": rejected,
-            });
-            reply(StatusCode::OK, JSON, shown.to_string().into())
         }
     }
 }
@@ -182,66 +319,40 @@ fn point(point: &Point) -> serde_json::Value {
     }
 }
 
-/// Liveness says that the process answers at all; readiness, that it wants queries.
-fn health(runtime: &Runtime, request: &Request<Incoming>) -> Option<Reply> {
-    let ready = match request.uri().path() {
-        "/livez" => true,
-        "/readyz" => !runtime.draining.load(Ordering::Relaxed),
-        _ => return None,
-    };
-    Some(match *request.method() {
-        Method::GET | Method::HEAD if ready => reply(StatusCode::OK, TEXT, "ok\n".into()),
-        Method::GET | Method::HEAD => reply(StatusCode::SERVICE_UNAVAILABLE, TEXT, "draining\n".into()),
-        _ => not_allowed("GET, HEAD"),
-    })
+/// What is in force.
+fn config(runtime: &Runtime) -> Reply {
+    let snapshot = runtime.snapshot();
+    let rejected = runtime.rejected();
+    let rejected = rejected.map(|r| json!({"hash": r.hash, "reason": r.reason}));
+    let shown = json!({
+        "hash": snapshot.hash,
+        "generation": snapshot.generation,
+        "optimizations": snapshot.config.optimizations,
+        "rejected": rejected,
+    });
+    reply(StatusCode::OK, JSON, shown.to_string().into())
 }
 
-async fn queries(runtime: &Runtime, request: Request<Incoming>, body_timeout: Duration) -> Reply {
-    let started = Instant::now();
+async fn queries(runtime: &Arc<Runtime>, request: Request<Incoming>, body_timeout: Duration) -> Reply {
     let snapshot = runtime.snapshot();
-    let Some(_in_flight) = InFlight::enter(runtime, snapshot.config.server.max_in_flight) else {
-        runtime.metrics.count(Verdict::Shed);
-        let mut reply = problem(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "overloaded",
-            "Too many queries in flight",
-            format!("{} queries are being served; try again", snapshot.config.server.max_in_flight).into(),
-        );
-        retry_later(&mut reply);
-        // The body stays unread: the connection cannot be used again.
-        close(&mut reply);
-        return reply;
-    };
-    match query(runtime, &snapshot, request, body_timeout, started).await {
+    match query(runtime, &snapshot, request, body_timeout).await {
         Ok(reply) => reply,
         Err(refusal) => {
             runtime.metrics.count(refusal.verdict);
-            let mut reply = problem(refusal.status, refusal.kind, refusal.title, refusal.detail);
-            if matches!(refusal.status, StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT) {
-                close(&mut reply);
-            }
-            reply
+            refusal.as_problem()
         }
     }
 }
 
 async fn query(
-    runtime: &Runtime,
+    runtime: &Arc<Runtime>,
     snapshot: &Snapshot,
     request: Request<Incoming>,
     body_timeout: Duration,
-    started: Instant,
 ) -> Result<Reply, Refusal> {
-    let limit = usize::try_from(snapshot.config.server.body_limit).unwrap_or(usize::MAX);
-    let read = read(snapshot, request.into_body(), limit);
-    let body = tokio::time::timeout(body_timeout, read).await.map_err(|_| {
-        Refusal::invalid(
-            StatusCode::REQUEST_TIMEOUT,
-            "slow-body",
-            "The body came too slowly",
-            format!("the whole body must arrive within {body_timeout:?}"),
-        )
-    })??;
+    let started = Instant::now();
+    let _in_flight = admit(runtime, snapshot, request.headers(), started)?;
+    let body = read(snapshot, request.into_body(), body_timeout).await?;
     let query = Query::parse(&body).map_err(|detail| {
         Refusal::invalid(StatusCode::BAD_REQUEST, "invalid-query", "The query cannot be read", detail)
     })?;
@@ -275,7 +386,7 @@ async fn query(
     }
     let mut reply = reply(status, if status == StatusCode::OK { JSON } else { PROBLEM }, body);
     if status == StatusCode::SERVICE_UNAVAILABLE {
-        retry_later(&mut reply);
+        retry_after(&mut reply, Duration::from_secs(1));
     }
     runtime.metrics.count_of(&query.requester, verdict);
     runtime.metrics.query_duration.observe(started.elapsed().as_secs_f64());
@@ -315,8 +426,20 @@ fn missed(
     (status, buffer.freeze())
 }
 
-/// Reads a body up to the limit.
-async fn read(snapshot: &Snapshot, mut body: Incoming, limit: usize) -> Result<Bytes, Refusal> {
+/// Reads a body, up to the limit and within its time.
+async fn read(snapshot: &Snapshot, body: Incoming, time: Duration) -> Result<Bytes, Refusal> {
+    tokio::time::timeout(time, read_whole(snapshot, body)).await.unwrap_or_else(|_| {
+        Err(Refusal::invalid(
+            StatusCode::REQUEST_TIMEOUT,
+            "slow-body",
+            "The body came too slowly",
+            format!("the whole body must arrive within {time:?}"),
+        ))
+    })
+}
+
+async fn read_whole(snapshot: &Snapshot, mut body: Incoming) -> Result<Bytes, Refusal> {
+    let limit = usize::try_from(snapshot.config.server.body_limit).unwrap_or(usize::MAX);
     let too_large = || {
         Refusal::invalid(
             StatusCode::PAYLOAD_TOO_LARGE,
@@ -386,13 +509,16 @@ fn choose(snapshot: &Snapshot, query: &Query<'_>) -> Result<Vec<Arc<Expert>>, St
     Ok(chosen)
 }
 
+/// The description of this API, which a test holds to it.
+const OPENAPI: &str = include_str!("api/openapi.json");
+
 const JSON: &str = "application/json";
 const SCHEMA: &str = "application/schema+json";
 const PROBLEM: &str = "application/problem+json";
 const TEXT: &str = "text/plain; charset=utf-8";
 
 fn reply(status: StatusCode, content_type: &'static str, body: Bytes) -> Reply {
-    let mut reply = Response::new(Full::new(body));
+    let mut reply = Response::new(Either::Left(Full::new(body)));
     *reply.status_mut() = status;
     reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     reply.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
@@ -416,8 +542,11 @@ fn problem(status: StatusCode, kind: &str, title: &str, detail: Cow<'_, str>) ->
     reply(status, PROBLEM, body.into())
 }
 
-fn not_found(known: &str) -> Reply {
-    problem(StatusCode::NOT_FOUND, "not-found", "There is nothing here", format!("there are: {known}").into())
+fn not_found(port: Port) -> Reply {
+    let known = Route::ALL.into_iter().filter(|route| route.is_on(port));
+    let known: Vec<String> = known.map(|route| format!("{} {}", route.method(), route.path())).collect();
+    let detail = format!("there are: {}", known.join(", "));
+    problem(StatusCode::NOT_FOUND, "not-found", "There is nothing here", detail.into())
 }
 
 fn not_allowed(allowed: &'static str) -> Reply {
@@ -428,8 +557,10 @@ fn not_allowed(allowed: &'static str) -> Reply {
     reply
 }
 
-fn retry_later(reply: &mut Reply) {
-    reply.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+/// In whole seconds, and never "at once".
+fn retry_after(reply: &mut Reply, after: Duration) {
+    let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
+    reply.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
 }
 
 /// Makes the reply the last one on its connection.

@@ -4,8 +4,8 @@
 //! a share of the oldest would each be a layer of ours on top of one (moka cannot change its capacity at run time,
 //! quick_cache knows no time), and what is left to take from it is a map and a queue.
 //!
-//! Pure: the caller passes the time. The key is the expert (name and URL) and a SHA-256 of the whole body that is sent
-//! to it, requester included, so an answer is only ever given to an identical request.
+//! Pure: the caller passes the time. The key is the expert, with all of its configuration that decides an answer, and
+//! a SHA-256 of the whole query as JSON, requester included, so an answer is only ever given to an identical request.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -28,9 +28,9 @@ const OVERHEAD: usize = 224;
 /// What is asked of whom.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
-    /// The expert's name and URL.
+    /// The expert's name, kind, URL, tool, argument and model.
     pub(crate) expert: Arc<str>,
-    /// SHA-256 of the body that is sent.
+    /// SHA-256 of the query as JSON.
     pub(crate) body: [u8; 32],
 }
 

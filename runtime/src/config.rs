@@ -44,6 +44,18 @@ pub struct Problem {
     pub message: String,
 }
 
+impl Problem {
+    /// Cuts what would fill a log: messages show what was written, however long that is.
+    fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
+        const MOST: usize = 1_000;
+        let cut = |text: String| match text.char_indices().nth(MOST) {
+            Some((end, _)) => format!("{}…", &text[..end]),
+            None => text,
+        };
+        Self { path: cut(path.into()), message: cut(message.into()) }
+    }
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.path.is_empty() {
@@ -874,7 +886,7 @@ impl Config {
 impl Error {
     /// An error with one problem, for rules that only a running process can check.
     pub fn one(path: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { problems: vec![Problem { path: path.into(), message: message.into() }] }
+        Self { problems: vec![Problem::new(path, message)] }
     }
 }
 
@@ -886,7 +898,7 @@ struct Check {
 
 impl Check {
     fn fail(&mut self, path: impl Into<String>, message: impl Into<String>) {
-        self.problems.push(Problem { path: path.into(), message: message.into() });
+        self.problems.push(Problem::new(path, message));
     }
 
     fn range(&mut self, path: &str, value: u32, min: u32, max: u32) {
@@ -1159,7 +1171,10 @@ fn check_url(url: &str) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::mutations;
 
     const ONE: &str = "experts: [{name: alpha, url: \"http://alpha:8000/query\"}]";
 
@@ -1437,5 +1452,67 @@ mod tests {
     fn hash_is_the_first_quarter_of_sha256() {
         assert_eq!(hash(b""), "e3b0c44298fc1c14");
         assert_eq!(hash(b"abc"), "ba7816bf8f01cfea");
+    }
+
+    #[test]
+    fn the_readme_shows_what_is_taken() {
+        let blocks: Vec<&str> = include_str!("../README.md").split("```yaml\n").skip(1).collect();
+        assert!(blocks.len() >= 2);
+        for block in blocks {
+            let shown = block.split("```").next().unwrap_or_default();
+            let file = if shown.contains("experts:") { shown.to_owned() } else { format!("{ONE}\n{shown}") };
+            Config::parse(file.as_bytes()).unwrap_or_else(|error| panic!("{error} in\n{file}"));
+        }
+    }
+
+    #[test]
+    fn messages_do_not_grow_with_the_file() {
+        let long = "x".repeat(MAX_FILE - 100);
+        for file in [
+            format!("experts: [{{name: \"{long}\", url: u}}]"),
+            format!("experts: [{{name: a, url: \"ftp://{long}\"}}]"),
+            format!("{ONE}\n{long}: 1"),
+            format!("{ONE}\nserver: {{bodyLimit: \"{long}\"}}"),
+        ] {
+            let error = Config::parse(file.as_bytes()).expect_err("refused").to_string();
+            assert!(error.len() < 4_000, "{} bytes", error.len());
+        }
+    }
+
+    const FILES: &[&str] = &[
+        ONE,
+        r#"{"experts": [{"name": "a", "url": "http://[::1]:80/x?y=%20", "timeout": "1h30m", "tool": "t"}]}"#,
+        "server: {listen: \"0.0.0.0:1\", bodyLimit: 1MiB, rateLimit: {perSecond: 1, burst: 2}, apiKeys: {env: K}}\n\
+         experts:\n- &a {name: a, kind: openai, url: \"http://a\", model: m, credential: {from: {file: /k}}}\n\
+         - {name: b, kind: mcp, url: \"http://b\", tool: t, argument: x, protocol: session}\n\
+         dispatch: {deadline: 1.5s, quorum: 1, retries: {max: 2}, breaker: {enabled: false}}\n\
+         optimizations: {memory: {cacheTtl: {enabled: true, ttl: 30m}}, connections: {unified: {total: 40}}}\n\
+         baseline: {cacheTtl: 4h}\n",
+    ];
+
+    fn file() -> impl Strategy<Value = Vec<u8>> {
+        prop_oneof![
+            3 => mutations::of(FILES),
+            1 => prop::collection::vec(any::<u8>(), 0..300),
+        ]
+    }
+
+    proptest! {
+        /// Whatever the bytes: a configuration that keeps every rule and can be written and read again, or an error
+        /// that says something.
+        #[test]
+        fn any_file_is_read_or_refused(file in file()) {
+            match Config::parse(&file) {
+                Ok(config) => {
+                    prop_assert_eq!(config.validate(), Ok(()));
+                    let again = serde_saphyr::to_string(&config).expect("writable");
+                    prop_assert_eq!(Config::parse(again.as_bytes()), Ok(config));
+                }
+                Err(error) => {
+                    prop_assert!(!error.problems.is_empty());
+                    prop_assert!(error.problems.iter().all(|problem| !problem.message.is_empty()));
+                }
+            }
+        }
     }
 }

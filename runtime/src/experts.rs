@@ -11,7 +11,7 @@ use std::{
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
-    HeaderMap, Method, Request, StatusCode, Uri,
+    HeaderMap, Method, Request, Response, StatusCode, Uri,
     header::{ACCEPT, CONTENT_TYPE, HOST, HeaderName, HeaderValue},
 };
 use serde::Serialize;
@@ -20,7 +20,7 @@ use tokio::time::{sleep, timeout_at};
 
 use crate::{
     config::{self, Dispatch, Kind},
-    connections::{self, Address, Answer, Route},
+    connections::{self, Address, Answer, Arriving, Route},
     metrics::{Outcome, Service},
     query::Query,
     secrets::Credential,
@@ -220,6 +220,37 @@ impl Expert {
                 Kind::Http => self.post(question.body.clone(), question).await,
                 Kind::OpenAi => self.post(self.completion(question.query), question).await,
                 Kind::Mcp => mcp::call(self, question).await,
+            }
+        })
+        .await
+    }
+
+    /// Asks for a chat completion as the client wrote it. The answer may be any that is the client's business: a
+    /// success, or an error of the request.
+    pub(crate) async fn chat(
+        &self,
+        body: Bytes,
+        id: HeaderValue,
+        accept: HeaderValue,
+        started: Instant,
+        deadline: Instant,
+    ) -> Result<Response<Arriving>, Failure> {
+        self.attempts(started, deadline, || {
+            let mut request = self.request(body.clone(), id.clone());
+            request.headers_mut().insert(ACCEPT, accept.clone());
+            async move {
+                let response = self.route.open(request, &self.metrics).await?;
+                match response.status() {
+                    // Our credential is refused, which the client must not take for its own.
+                    StatusCode::UNAUTHORIZED
+                    | StatusCode::FORBIDDEN
+                    | StatusCode::PROXY_AUTHENTICATION_REQUIRED
+                    | StatusCode::TOO_MANY_REQUESTS => {
+                        Err(Failed::status(response.status(), response.headers()))
+                    }
+                    status if status.is_success() || status.is_client_error() => Ok(response),
+                    status => Err(Failed::status(status, response.headers())),
+                }
             }
         })
         .await

@@ -27,6 +27,8 @@ pub mod load;
 mod metrics;
 #[cfg(feature = "server")]
 mod monitoring;
+#[cfg(test)]
+mod mutations;
 #[cfg(feature = "server")]
 mod pool;
 #[cfg(feature = "server")]

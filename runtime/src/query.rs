@@ -13,8 +13,8 @@ use serde::{
 };
 use serde_json::value::RawValue;
 
-/// Deepest nesting of `metadata` that is passed on.
-const MAX_DEPTH: usize = 64;
+/// Deepest nesting of JSON that is passed on.
+pub(crate) const MAX_DEPTH: usize = 64;
 
 /// A query as the client wrote it, its text still in the request's own buffer.
 #[derive(Debug, Deserialize)]
@@ -83,7 +83,7 @@ impl<K: AsRef<str>, V: Serialize> Serialize for Fields<K, V> {
 }
 
 /// Deepest nesting of a valid JSON text.
-fn depth(json: &str) -> usize {
+pub(crate) fn depth(json: &str) -> usize {
     let (mut depth, mut deepest, mut in_string, mut escaped) = (0_usize, 0, false, false);
     for byte in json.bytes() {
         match byte {
@@ -172,7 +172,10 @@ impl Tree {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::mutations;
 
     const WHOLE: &str = r#"{"requester": "me", "content": "a \"b\" \u00e9", "title": "t",
         "experts": ["alpha"], "noCache": true, "tags": ["x", "y\n"],
@@ -234,6 +237,34 @@ mod tests {
             [("1", 0), ("[]", 1), (r#"{"a":[{}]}"#, 3), (r#""[[[""#, 0), (r#"["\"[["]"#, 1)]
         {
             assert_eq!(depth(json), expected, "{json}");
+        }
+    }
+
+    const BODIES: &[&str] = &[
+        WHOLE,
+        r#"{"title":"","content":"\ud83d\ude00","requester":"r","metadata":{"a":[[[{}]]],"b":1e400}}"#,
+    ];
+
+    proptest! {
+        /// Whatever the bytes: a query that both ways render to the same JSON, or an error.
+        #[test]
+        fn any_body_is_read_or_refused(
+            body in prop_oneof![3 => mutations::of(BODIES), 1 => prop::collection::vec(any::<u8>(), 0..200)]
+        ) {
+            match Query::parse(&body) {
+                Ok(query) => {
+                    let (mut flat, mut tree) = (Vec::new(), Vec::new());
+                    query.render(&mut flat);
+                    query.to_tree().clone().render(&mut tree);
+                    prop_assert_eq!(&flat, &tree);
+                    let text = std::str::from_utf8(&flat).expect("UTF-8");
+                    prop_assert!(depth(text) <= MAX_DEPTH + 1);
+                    let (again, mut same) = (Query::parse(&flat).expect("a query"), Vec::new());
+                    again.render(&mut same);
+                    prop_assert_eq!(&flat, &same);
+                }
+                Err(error) => prop_assert!(!error.is_empty()),
+            }
         }
     }
 }

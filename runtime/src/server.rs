@@ -19,12 +19,18 @@ use tokio::{
     time::{sleep, sleep_until, timeout},
 };
 
-use crate::{api, monitoring, reload, results, state::Runtime};
+use crate::{
+    api::{self, Port, Route},
+    monitoring, reload, results,
+    state::Runtime,
+};
 
 /// Connections open at once on one port; more wait in the kernel's queue.
 const MAX_CONNECTIONS: u32 = 10_000;
 /// Largest header of a request, in bytes; a larger one is answered 431.
 const MAX_HEADER: usize = 32 << 10;
+/// Most headers of a request; more are answered 431.
+const MAX_HEADERS: usize = 100;
 /// Largest read buffer of a connection, in bytes.
 const MAX_BUFFER: usize = 64 << 10;
 
@@ -75,6 +81,11 @@ pub struct Server {
     admin: TcpListener,
 }
 
+/// Every route: whether it is on the admin port alone, its method and its path. `GET` routes answer `HEAD` as well.
+pub fn routes() -> impl Iterator<Item = (bool, hyper::Method, &'static str)> {
+    Route::ALL.into_iter().map(|route| (!route.is_on(Port::Serving), route.method(), route.path()))
+}
+
 /// What a port's connections are told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -83,12 +94,6 @@ enum Phase {
     Leaving,
     /// Accepts no more; idle connections are closed.
     Closing,
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Port {
-    Serving,
-    Admin,
 }
 
 impl Server {
@@ -226,10 +231,7 @@ async fn connection(
     let service = service_fn(|request: Request<Incoming>| {
         let (runtime, patience, leaving) = (&runtime, &patience, &leaving);
         async move {
-            let mut reply = match port {
-                Port::Serving => api::serve(runtime, request, patience.body).await,
-                Port::Admin => api::admin(runtime, &request),
-            };
+            let mut reply = api::serve(runtime, port, request, patience.body).await;
             api::sign(&mut reply, &runtime.instance);
             if opened.elapsed() >= patience.age || *leaving.borrow() != Phase::Serving {
                 api::close(&mut reply);
@@ -239,11 +241,12 @@ async fn connection(
     });
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(patience.header);
-    http.max_header_size(MAX_HEADER).max_buf_size(MAX_BUFFER);
+    http.max_headers(MAX_HEADERS).max_header_size(MAX_HEADER).max_buf_size(MAX_BUFFER);
     let connection = http.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     // A client that takes no answer would hold its connection for ever: no other time-out sees it.
-    let deadline = runtime.snapshot().config.dispatch.deadline;
+    let dispatch = &runtime.snapshot().config.dispatch;
+    let deadline = dispatch.deadline.max(dispatch.stream_deadline);
     let longest = patience.age + patience.header + patience.body + deadline + patience.answer;
     let mut told = false;
     loop {

@@ -18,6 +18,7 @@ use hyper::header::HeaderValue;
 use tokio::sync::watch;
 
 use crate::{
+    api::Admission,
     cache::{self, Bounds, Cache},
     config::{self, Config},
     connections::{self, Pool, Route, Target},
@@ -35,6 +36,7 @@ pub(crate) struct Snapshot {
     pub(crate) hash: String,
     /// 1 at the start, one more for each file applied.
     pub(crate) generation: u64,
+    pub(crate) admission: Arc<Admission>,
     pub(crate) experts: Vec<Arc<Expert>>,
     /// Absent: the baseline path.
     pub(crate) buffers: Option<Arc<BufferPool>>,
@@ -281,6 +283,7 @@ const REFRESH: Duration = Duration::from_secs(5);
 /// Reads secrets again, off the threads that serve.
 async fn refresh(snapshot: Arc<Snapshot>) {
     let read = move || {
+        snapshot.admission.refresh();
         for expert in &snapshot.experts {
             expert.refresh();
         }
@@ -311,6 +314,17 @@ fn build(
     old: Option<&Snapshot>,
     metrics: &Metrics,
 ) -> Result<Snapshot, config::Error> {
+    let same = |old: &&Snapshot| {
+        (&old.config.server.api_keys, &old.config.server.rate_limit)
+            == (&config.server.api_keys, &config.server.rate_limit)
+    };
+    let admission = match old.filter(same) {
+        Some(old) => old.admission.clone(),
+        None => Admission::new(&config.server, Instant::now())
+            .map(Arc::new)
+            .map_err(|reason| config::Error::one("server.apiKeys", reason))?,
+    };
+
     let pool = &config.optimizations.memory.object_pool;
     let buffers = pool.enabled.then(|| {
         let kept = old.filter(|old| old.config.optimizations.memory.object_pool == *pool);
@@ -376,7 +390,7 @@ fn build(
             limit: limit.enabled.then(|| limit.clone()),
         })
     });
-    Ok(Snapshot { hash, generation, experts, buffers, cache, collector, config })
+    Ok(Snapshot { hash, generation, admission, experts, buffers, cache, collector, config })
 }
 
 fn no_url(field: String, url: &str) -> config::Error {

@@ -87,6 +87,107 @@ async fn each_way_an_expert_fails_has_its_name() {
     }
 }
 
+/// An expert that answers with `head`, then with `piece` for ever or for `times`, and then cuts the connection hard.
+async fn flooding(head: &'static str, piece: impl Into<String>, times: usize) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, piece) = (listener.local_addr().unwrap(), piece.into());
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let piece = piece.clone();
+            tokio::spawn(async move {
+                let mut request = [0; 65_536];
+                assert!(stream.read(&mut request).await.unwrap() > 0);
+                let _ = stream.write_all(head.as_bytes()).await;
+                let pieces = piece.repeat(1 + 65_536 / piece.len().max(1));
+                for _ in 0..times {
+                    let piece = if times == usize::MAX { &pieces } else { &piece };
+                    if stream.write_all(piece.as_bytes()).await.is_err() {
+                        return;
+                    }
+                }
+                // No time to linger: what is left unsent is thrown away, and the peer gets a reset.
+                stream.set_zero_linger().unwrap();
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn floods_and_resets_of_an_expert_are_bounded_failures() {
+    const CHUNKED: &str = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
+    let chunk = format!("8000\r\n{}\r\n", "1".repeat(0x8000));
+    for (head, piece, times, error, words) in [
+        (CHUNKED, &*chunk, usize::MAX, "invalid", "larger"),
+        (CHUNKED, "1\r\n1\r\n", 3, "connect", "broke"),
+        ("HTTP/1.1 200 OK\r\n\r\n", "1", usize::MAX, "invalid", "larger"),
+        ("HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n", "1", 3, "connect", "broke"),
+        ("", "HTTP/1.1 100 Continue\r\n\r\n", usize::MAX, "timeout", "300ms"),
+        ("HTTP/1.1 200 OK\r\n", "x: y\r\n", usize::MAX, "connect", "broke"),
+        ("", "", 0, "connect", "broke"),
+    ] {
+        let expert = flooding(head, piece, times).await;
+        for unified in [false, true] {
+            let running = start(&one(expert, |c| switch(c, false, unified, false))).await;
+            let answer = running.ask(&query(1)).await.json()["answers"][0].clone();
+            assert_eq!(answer["error"], error, "{answer} to {head:?} {piece:.40?}");
+            assert!(answer["detail"].as_str().unwrap().contains(words), "{answer} to {head:?} {piece:.40?}");
+            eventually("the connection is gone", async || {
+                let open = r#"synthex_runtime_upstream_connections_open{service="alpha"}"#;
+                (running.metric(open).await == 0.0).then_some(())
+            })
+            .await;
+        }
+    }
+}
+
+/// Requests that are almost right, on the wire: each is answered or cut, and the next client is served.
+#[tokio::test]
+async fn mutated_requests_neither_crash_nor_hang() {
+    let experts = mocks(instant()).await;
+    let short = Duration::from_millis(100);
+    let patience = Patience { header: short, body: short, ..Patience::default() };
+    let running = start_with(&config(experts, |_| {}), patience).await;
+    let whole: Vec<u8> = [
+        "POST /v1/queries HTTP/1.1\r\nhost: x\r\ncontent-length: 43\r\n\r\n{\"title\":\"t\",\"content\":\"c\",\"requester\":\"r\"}",
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nd\r\n{\"model\":\"m\"}\r\n0\r\n\r\n",
+        "GET /livez HTTP/1.1\r\nhost: x\r\n\r\n",
+    ]
+    .concat()
+    .into();
+    let runner = &mut proptest::test_runner::TestRunner::deterministic();
+    use proptest::{prelude::*, strategy::ValueTree};
+    let change =
+        (0..whole.len(), prop::sample::select(vec![0_u8, 9, 10, 13, 32, 34, 48, 57, 58, 127, 255]), 0..3);
+    let changes = prop::collection::vec(change, 1..4);
+    let asked = (0..300).map(|_| {
+        let mut bytes = whole.clone();
+        for (at, byte, what) in changes.new_tree(runner).unwrap().current() {
+            match what {
+                0 => bytes[at] = byte,
+                1 => drop(bytes.remove(at)),
+                _ => bytes.insert(at, byte),
+            }
+            bytes.resize(whole.len(), b'\n');
+        }
+        bytes
+    });
+    let (to, asked) = (running.serving, asked.collect::<Vec<_>>());
+    for some in asked.chunks(30) {
+        let replies =
+            futures::future::join_all(some.iter().map(async |bytes| (bytes, raw(to, bytes).await))).await;
+        for (bytes, reply) in replies {
+            let sane = reply.is_empty() || reply.starts_with("HTTP/1.");
+            assert!(sane, "{reply:?} to {:?}", String::from_utf8_lossy(bytes));
+        }
+    }
+    eventually("nothing in flight", async || {
+        (running.metric("synthex_runtime_inflight_queries").await == 0.0).then_some(())
+    })
+    .await;
+    assert_eq!(running.ask(&query(1)).await.status, 200);
+}
+
 /// Headers come byte by byte without end: bounded, and a failure as any other.
 #[tokio::test]
 async fn an_endless_header_is_cut() {
@@ -513,6 +614,11 @@ async fn slow_and_broken_clients_are_cut() {
     let headers = format!("GET /livez HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n", "x".repeat(100_000));
     let large = raw(to, headers.as_bytes()).await;
     assert!(large.is_empty() || large.starts_with("HTTP/1.1 431"), "{large}");
+    for (count, status) in [(90, "200"), (110, "431")] {
+        let headers = format!("GET /livez HTTP/1.1\r\nhost: x\r\n{}\r\n", "a: b\r\n".repeat(count));
+        let reply = raw(to, headers.as_bytes()).await;
+        assert!(reply.starts_with(&format!("HTTP/1.1 {status}")), "{count} headers: {reply}");
+    }
     assert_eq!(running.ask(&query(1)).await.status, 200);
 }
 
