@@ -28,6 +28,9 @@ mod metrics;
 #[cfg(feature = "server")]
 mod monitoring;
 #[cfg(feature = "server")]
+#[doc(hidden)]
+pub use monitoring::virtual_time;
+#[cfg(feature = "server")]
 mod pool;
 #[cfg(feature = "server")]
 mod pressure;
