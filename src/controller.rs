@@ -25,8 +25,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     api::{DeletionPolicy, KpiStatus, OptimizationRollout, RolloutStatus},
     decision::{
-        judge,
-        machine::{self, Inquiry, Plan},
+        judge::{self, Trial},
+        machine::{self, Plan},
         render::{MANAGED_BY, ROLLOUT_LABEL, Variant},
         report::worth_writing,
         resolve::{self, Defaults, Rollout},
@@ -217,27 +217,26 @@ impl Context {
         {
             status.kpis.clone_from(kpis);
         }
-        let Some(inquiry) = machine::inquiry(rollout, status, now) else { return status.kpis.clone() };
-        let judged = match self.prometheus(rollout) {
+        let prometheus = self.prometheus(rollout);
+        let unlearned = learn(&prometheus, rollout, status, now).await;
+        let Some(mut inquiry) = machine::inquiry(rollout, status, now) else { return status.kpis.clone() };
+        let mut judged = match &prometheus {
             Ok(prometheus) => {
                 let mut rounds = vec![];
-                for (kpi, evidence) in &inquiry.kpis {
-                    let known = status.kpis.iter().find(|known| known.name == kpi.name);
-                    rounds.push(judge_one(&prometheus, &inquiry, kpi, evidence.clone(), known));
+                for (trial, evidence) in &inquiry.trials {
+                    let known = status.kpis.iter().find(|known| known.name == trial.kpi.name);
+                    rounds.push(judge_one(prometheus, trial, evidence.clone(), inquiry.until, known));
                 }
                 stream::iter(rounds).buffered(4).collect::<Vec<_>>().await
             }
             Err(why) => {
-                let health = judge::AnswerHealth::Down(why);
-                inquiry
-                    .kpis
-                    .iter()
-                    .map(|(kpi, evidence)| {
-                        judge::judge(kpi, &inquiry.arms, evidence, &health, inquiry.alarm_at)
-                    })
-                    .collect()
+                let health = judge::AnswerHealth::Down(why.clone());
+                inquiry.trials.iter().map(|(trial, evidence)| trial.judge(evidence, &health)).collect()
             }
         };
+        inquiry.waiting.retain(|kpi| !unlearned.iter().any(|unlearned| unlearned.name == kpi.name));
+        judged.extend(inquiry.waiting);
+        judged.extend(unlearned);
         for kpi in &judged {
             self.metrics.judged(kpi.verdict);
         }
@@ -297,30 +296,61 @@ impl Context {
     }
 }
 
+/// Learns what is to be known of KPIs before their evidence begins, into the status. Gives back what is said of those of which nothing
+/// can be learned yet.
+async fn learn(
+    prometheus: &Result<Arc<Prometheus>, String>,
+    rollout: &Rollout,
+    status: &mut RolloutStatus,
+    now: k8s_openapi::jiff::Timestamp,
+) -> Vec<KpiStatus> {
+    let rounds = machine::lessons(rollout, status, now).into_iter().map(|lesson| async move {
+        let learned = match prometheus {
+            Ok(prometheus) => {
+                let queries = lesson.queries();
+                let asked = queries
+                    .iter()
+                    .map(|query| prometheus.range(query, lesson.from(), lesson.until, lesson.block));
+                lesson.learn(&futures::future::join_all(asked).await)
+            }
+            Err(why) => Err(judge::AnswerHealth::Down(why.clone())),
+        };
+        (lesson, learned)
+    });
+    let mut unlearned = vec![];
+    for (lesson, learned) in stream::iter(rounds).buffered(4).collect::<Vec<_>>().await {
+        match learned {
+            Ok(Some(preflight)) => machine::learn(status, preflight),
+            Ok(None) => unlearned.push(machine::unlearned(&lesson.kpi, None)),
+            Err(health) => unlearned.push(machine::unlearned(&lesson.kpi, Some(&health))),
+        }
+    }
+    unlearned
+}
+
 /// Folds the ticks since the last one into the evidence of one KPI, and judges it.
 async fn judge_one(
     prometheus: &Prometheus,
-    inquiry: &Inquiry,
-    kpi: &judge::Kpi,
+    trial: &Trial,
     mut evidence: crate::api::Evidence,
+    until: judge::Tick,
     known: Option<&KpiStatus>,
 ) -> KpiStatus {
     // Woken between two ticks: what was said of the last one stands, its faults included.
-    if let Some(known) = known.filter(|_| evidence.last_tick >= inquiry.until) {
+    if let Some(known) = known.filter(|_| evidence.last_tick >= until) {
         return known.clone();
     }
     let mut health = judge::AnswerHealth::Good;
-    let queries = judge::queries(kpi, &inquiry.arms);
-    let from = evidence.last_tick;
-    for (from, until) in judge::chunks(&inquiry.arms, from, inquiry.until, inquiry.step) {
-        let asked = queries.iter().map(|query| prometheus.range(query, from, until, inquiry.step));
+    let queries = trial.queries();
+    for (from, until) in judge::chunks(&trial.arms, evidence.last_tick, until, trial.step) {
+        let asked = queries.iter().map(|query| prometheus.range(query, from, until, trial.step));
         let answers = futures::future::join_all(asked).await;
-        (evidence, health) = judge::fold(kpi, &inquiry.arms, evidence, &answers, from, until, inquiry.step);
+        (evidence, health) = trial.fold(evidence, &answers, from, until);
         if evidence.last_tick < until {
             break;
         }
     }
-    judge::judge(kpi, &inquiry.arms, &evidence, &health, inquiry.alarm_at)
+    trial.judge(&evidence, &health)
 }
 
 /// A lock whose data stays sound when a holder panics: every change is one insertion or removal.

@@ -5,10 +5,12 @@
 //! - [`decision`]: the functional core; pure functions of a snapshot and a time.
 //! - [`effects`]: the imperative shell; thin, timed-out, idempotent.
 //! - [`controller`]: watches and wiring.
+//! - [`cli`]: `kubectl synthex`, which asks the same functions from outside the cluster.
 //!
 //! Invariant: an import never points from `decision` to `effects`, nor from `api` to either.
 
 pub mod api;
+pub mod cli;
 pub mod controller;
 pub mod decision;
 pub mod effects;

@@ -1,4 +1,5 @@
-//! The layers of the house: `decision` is pure, `api` knows neither `decision` nor `effects`. Reads the sources, runs nothing.
+//! The layers of the house: `decision` is pure, `api` knows neither `decision` nor `effects`, and nothing of the operator knows the
+//! plugin. Reads the sources, runs nothing.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -65,6 +66,24 @@ fn decision_is_pure() {
 #[test]
 fn api_knows_no_other_layer() {
     clean("api", &["crate::decision", "crate::effects", "crate::controller", "kube::Client", "::now()"]);
+}
+
+/// The plugin asks the operator's functions; were it the other way round, a verdict could depend on where it is asked for.
+#[test]
+fn the_operator_knows_no_plugin() {
+    for path in sources("").iter().filter(|path| !path.components().any(|part| part.as_os_str() == "cli")) {
+        let source = fs::read_to_string(path).unwrap();
+        assert_eq!(named(&source, &["crate::cli", "synthex_operator::cli"]), [], "{}", path.display());
+    }
+}
+
+/// What the plugin judges and tells is made of what it was given.
+#[test]
+fn backtests_and_explanations_are_pure() {
+    for name in ["backtest", "dataset", "explain"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("src/cli/{name}.rs"));
+        assert_eq!(named(&fs::read_to_string(path).unwrap(), &IMPURE), [], "{name}");
+    }
 }
 
 #[test]

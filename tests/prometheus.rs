@@ -116,6 +116,39 @@ async fn nan_and_infinities_are_read_as_they_are() {
 }
 
 #[tokio::test]
+async fn native_histograms_are_read_as_the_buckets_of_classic_ones() {
+    // The second sample has values in a bucket that the first had none in.
+    let answer = matrix(
+        r#"[{"metric":{"pod":"a"},"histograms":[
+            [60,{"count":"10","sum":"3","buckets":[[0,"0.25","0.5","4"],[0,"0.5","1","6"]]}],
+            [75,{"count":"15","sum":"9","buckets":[[0,"0.125","0.25","1"],[0,"0.25","0.5","5"],[0,"0.5","1","9"]]}]
+        ]}]"#,
+    );
+    let mut found = series(asked(answer).await);
+    found.sort_by(|a, b| {
+        let le = |series: &Series| series.bucket.as_ref().unwrap().le;
+        le(a).total_cmp(&le(b))
+    });
+    let found: Vec<_> = found
+        .iter()
+        .map(|series| {
+            let bucket = series.bucket.as_ref().unwrap();
+            assert!(bucket.native && bucket.histogram == r#"{pod="a"}"# && series.pod == "a", "{series:?}");
+            (bucket.text.as_str(), series.points.clone())
+        })
+        .collect();
+    assert_eq!(
+        found,
+        [
+            ("0.25", vec![(60, 0.0), (75, 1.0)]),
+            ("0.5", vec![(60, 4.0), (75, 6.0)]),
+            ("1", vec![(60, 10.0), (75, 15.0)]),
+            ("+Inf", vec![(60, 10.0), (75, 15.0)]),
+        ]
+    );
+}
+
+#[tokio::test]
 async fn a_time_that_is_seen_twice_counts_once() {
     let read =
         series(asked(matrix(r#"[{"metric":{"pod":"a"},"values":[[60,"1"],[60,"7"],[75,"2"]]}]"#)).await);
@@ -161,9 +194,14 @@ async fn odd_answers_are_malformed() {
         ("a word as value", matrix(r#"[{"metric":{},"values":[[60,"ten"]]}]"#), r#""ten" is no number"#),
         ("no result", matrix("null"), "is not the JSON of Prometheus"),
         (
-            "native histograms",
-            matrix(r#"[{"metric":{},"histograms":[[60,{"count":"1"}]]}]"#),
-            "histogram_count",
+            "a native histogram off the grid",
+            matrix(r#"[{"metric":{},"histograms":[[61,{"count":"1"}]]}]"#),
+            "a sample at 61",
+        ),
+        (
+            "a native histogram without a count",
+            matrix(r#"[{"metric":{},"histograms":[[60,{"sum":"1"}]]}]"#),
+            "is not the JSON of Prometheus",
         ),
         ("a time off the grid", matrix(r#"[{"metric":{},"values":[[61,"1"]]}]"#), "a sample at 61"),
         ("a time between seconds", matrix(r#"[{"metric":{},"values":[[60.5,"1"]]}]"#), "a sample at 60.5"),

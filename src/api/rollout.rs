@@ -221,8 +221,11 @@ pub enum Approval {
 }
 
 /// A key performance indicator: what is read, and which answer is a regression.
-#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
-#[x_kube(validation = ("has(self.errorRatio) != has(self.threshold)", "a KPI is exactly one of errorRatio or threshold"))]
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[x_kube(validation = ("[has(self.errorRatio), has(self.latency), has(self.gauge), has(self.threshold)].filter(kind, kind).size() == 1",
+    "a KPI is exactly one of errorRatio, latency, gauge or threshold"))]
+#[x_kube(validation = ("!has(self.expect) || !has(self.threshold)",
+    "expect needs a comparison with the baseline, which a threshold is not: use errorRatio, latency or gauge"))]
 #[serde(rename_all = "camelCase")]
 pub struct Kpi {
     /// Name, unique in the rollout.
@@ -233,13 +236,62 @@ pub struct Kpi {
     #[serde(default = "default_true")]
     pub required: bool,
 
+    /// Shown, but never acts: its alarm neither stops a stage nor rolls back, and it spends nothing of the false-rollback
+    /// probability.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub observe_only: bool,
+
+    /// Share of the false-rollback probability that this KPI gets, relative to the others. More finds harm sooner.
+    #[serde(default = "default_weight")]
+    #[schemars(range(min = 0.01, max = 100))]
+    pub alpha_weight: f64,
+
+    /// Time after the pods of a stage are exposed during which this KPI is not judged. Default: `analysis.warmUp`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warm_up: Option<Duration>,
+
+    /// The benefit that was promised of the optimization that owns this KPI.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expect: Option<Expect>,
+
     /// Errors against requests, canary compared with baseline.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_ratio: Option<ErrorRatio>,
 
+    /// Shares of slow requests, canary compared with baseline.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub latency: Option<Latency>,
+
+    /// One value per pod, canary compared with baseline, and whether it grows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gauge: Option<Gauge>,
+
     /// An absolute bound on a single value.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threshold: Option<Threshold>,
+}
+
+/// A promised benefit, checked at the end of each stage's bake against the change that was measured.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Expect {
+    /// The promised relative change of the canary's value: -0.35 for 35 % less.
+    #[schemars(range(min = -1, max = 10))]
+    pub change: f64,
+
+    /// What happens when the 95 % confidence interval of the measured change falls short of the promise as a whole.
+    #[serde(default)]
+    pub on_miss: OnMiss,
+}
+
+/// What happens when a promised benefit is missed.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnMiss {
+    /// It is said in an event.
+    #[default]
+    Warn,
+    /// The optimization that owns the KPI is switched off.
+    Rollback,
 }
 
 /// Share of failed requests, judged on raw counters by a sequential test.
@@ -277,6 +329,77 @@ impl ErrorRatio {
             tolerance: default_tolerance(),
             minimum_effect: default_minimum_effect(),
         }
+    }
+}
+
+/// Shares of requests slower than two bounds of a histogram, judged like error ratios. The bounds are frozen before the stage's
+/// evidence begins: the largest ones that at least 5 % and 1 % of the baseline's requests exceed.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Latency {
+    /// Selector of the histogram, with `$arm`: `http_request_duration_seconds_bucket{$arm}` for a classic histogram,
+    /// `http_request_duration_seconds{$arm}` for a native one.
+    #[schemars(length(min = 1, max = 2048))]
+    #[x_kube(validation = ("self.contains('$arm')", "the query must contain $arm, which becomes the matchers of the compared pods, as in http_request_duration_seconds_bucket{$arm}"))]
+    pub histogram: String,
+
+    /// Ratio of canary to baseline share of slow requests that is still called equal.
+    #[serde(default = "default_tolerance")]
+    #[schemars(range(min = 1, max = 10))]
+    pub tolerance: f64,
+
+    /// Smallest difference of the two shares that matters at the lower bound, as a share of requests; at the upper bound it is
+    /// two fifths of this.
+    #[serde(default = "default_slow_effect")]
+    #[schemars(range(min = 0.00001, max = 0.5))]
+    pub minimum_effect: f64,
+}
+
+/// One value per pod, such as memory or processor time per request.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Gauge {
+    /// PromQL that gives one series per pod, with the label `pod` and with `$arm`. `$window` becomes four intervals, for `rate()`:
+    /// `sum by (pod) (rate(process_cpu_seconds_total{$arm}[$window]))`.
+    #[schemars(length(min = 1, max = 2048))]
+    #[x_kube(validation = ("self.contains('$arm')", "the query must contain $arm, which becomes the matchers of the compared pods, as in process_resident_memory_bytes{$arm}"))]
+    pub query: String,
+
+    /// Which way is better.
+    #[serde(default)]
+    pub direction: Direction,
+
+    /// Relative change for the worse that is still called equal.
+    #[serde(default = "default_gauge_tolerance")]
+    #[schemars(range(min = 0, max = 10))]
+    pub tolerance: f64,
+}
+
+/// Which way a gauge is better.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Direction {
+    /// More is a regression: memory, processor time, open connections.
+    #[default]
+    LowerIsBetter,
+    /// Less is a regression: hit ratio, throughput.
+    HigherIsBetter,
+}
+
+impl Latency {
+    /// A latency KPI with the default tolerance and minimum effect.
+    pub fn new(histogram: &str) -> Self {
+        Self {
+            histogram: histogram.into(),
+            tolerance: default_tolerance(),
+            minimum_effect: default_slow_effect(),
+        }
+    }
+}
+
+impl Gauge {
+    /// A gauge of which less is better, with the default tolerance.
+    pub fn new(query: &str) -> Self {
+        Self { query: query.into(), direction: Direction::default(), tolerance: default_gauge_tolerance() }
     }
 }
 
@@ -341,9 +464,41 @@ pub struct Analysis {
     #[x_kube(validation = ("duration(self) >= duration('1s') && duration(self) <= duration('5m') && duration(self).getMilliseconds() % 1000 == 0", "interval must be whole seconds, from 1s to 5m"))]
     pub interval: Duration,
 
+    /// Span of the running pods' past from which it is learned, before a stage's evidence begins, how much pods differ among
+    /// themselves and what slow means.
+    #[serde(default = "default_preflight")]
+    #[x_kube(validation = ("duration(self) >= duration('10s') && duration(self) <= duration('24h')", "preflight must be from 10s to 24h"))]
+    pub preflight: Duration,
+
     /// Time after the pods of a stage are exposed during which nothing is judged.
     #[serde(default = "default_warm_up")]
     pub warm_up: Duration,
+
+    /// Probability that a rollout without harm is rolled back at all, spent over KPIs, stages and fresh starts.
+    #[serde(default = "default_false_rollback")]
+    #[schemars(range(min = 0.000001, max = 0.2))]
+    pub false_rollback_probability: f64,
+
+    /// What happens to a stage that still lacks evidence after twice its duration.
+    #[serde(default)]
+    pub on_inconclusive: OnInconclusive,
+
+    /// How long a KPI may be unreadable before the rollout is called stalled.
+    #[serde(default = "default_no_data_deadline")]
+    #[x_kube(validation = ("duration(self) >= duration('30s')", "noDataDeadline must be 30s or longer"))]
+    pub no_data_deadline: Duration,
+}
+
+/// What happens to a stage that still lacks evidence after twice its duration.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnInconclusive {
+    /// It goes on until there is evidence, and is called stalled.
+    #[default]
+    Hold,
+    /// It passes, if what was measured lies within the tolerance.
+    Advance,
+    /// The pass is rolled back.
+    Rollback,
 }
 
 /// Whether alarms act.
@@ -402,7 +557,15 @@ impl Default for PrometheusSpec {
 
 impl Default for Analysis {
     fn default() -> Self {
-        Self { mode: Mode::default(), interval: default_interval(), warm_up: default_warm_up() }
+        Self {
+            mode: Mode::default(),
+            interval: default_interval(),
+            preflight: default_preflight(),
+            warm_up: default_warm_up(),
+            false_rollback_probability: default_false_rollback(),
+            on_inconclusive: OnInconclusive::default(),
+            no_data_deadline: default_no_data_deadline(),
+        }
     }
 }
 
@@ -444,16 +607,35 @@ fn default_stages() -> Vec<Stage> {
     ]
 }
 
+impl Kpi {
+    /// The same, but optional and with a quarter of the weight: what a stage need not wait for.
+    pub fn secondary(self) -> Self {
+        Self { required: false, alpha_weight: 0.25, ..self }
+    }
+
+    /// A KPI with the defaults of every common field, and of no kind yet.
+    pub fn named(name: &str) -> Self {
+        Self { name: name.into(), required: true, alpha_weight: default_weight(), ..Self::default() }
+    }
+}
+
+/// Guardrails that every optimization can move.
 fn default_kpis() -> Vec<Kpi> {
-    vec![Kpi {
-        name: "query-errors".into(),
-        required: true,
-        error_ratio: Some(ErrorRatio::new(
-            r#"synthex_runtime_queries_total{$arm,outcome=~"error|shed"}"#,
-            "synthex_runtime_queries_total{$arm}",
-        )),
-        threshold: None,
-    }]
+    let per_query = "sum by (pod) (rate(process_cpu_seconds_total{$arm}[$window])) / sum by (pod) (rate(synthex_runtime_queries_total{$arm}[$window]))";
+    vec![
+        Kpi {
+            error_ratio: Some(ErrorRatio::new(
+                r#"synthex_runtime_queries_total{$arm,outcome=~"error|shed"}"#,
+                "synthex_runtime_queries_total{$arm}",
+            )),
+            ..Kpi::named("query-errors")
+        },
+        Kpi {
+            latency: Some(Latency::new("synthex_runtime_query_duration_seconds_bucket{$arm}")),
+            ..Kpi::named("query-latency")
+        },
+        Kpi { gauge: Some(Gauge::new(per_query)), ..Kpi::named("cpu-per-query").secondary() },
+    ]
 }
 
 fn default_replicas() -> i32 {
@@ -476,6 +658,27 @@ fn default_tolerance() -> f64 {
 }
 fn default_minimum_effect() -> f64 {
     0.001
+}
+fn default_slow_effect() -> f64 {
+    0.005
+}
+fn default_gauge_tolerance() -> f64 {
+    0.05
+}
+fn default_weight() -> f64 {
+    1.0
+}
+fn default_false_rollback() -> f64 {
+    0.01
+}
+fn default_preflight() -> Duration {
+    Duration::from_secs(600)
+}
+fn default_no_data_deadline() -> Duration {
+    Duration::from_secs(900)
+}
+fn is_false(value: &bool) -> bool {
+    !value
 }
 fn default_consecutive() -> i32 {
     3

@@ -37,6 +37,14 @@ pub struct RolloutStatus {
     #[x_kube(merge_strategy = kube::core::ListMerge::Map(vec!["name".to_owned()]))]
     pub kpis: Vec<KpiStatus>,
 
+    /// What was learned from running pods before any evidence was looked at, and is frozen since: one entry per KPI and track.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub preflight: Vec<Preflight>,
+
+    /// What each KPI's change was measured to be, stage by stage and overall.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub benefits: Vec<Benefit>,
+
     /// The last 20 decisions, oldest first.
     #[serde(default)]
     pub decisions: Vec<Decision>,
@@ -110,6 +118,9 @@ pub struct StageStatus {
     /// Whether the user has let the rest of the bake be skipped, or granted the approval.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub promoted: Option<Promotion>,
+    /// Whether it has been said what this stage and those after it can show.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub foretold: bool,
     /// What the stable pods had suffered before they took the optimizations, which is not held against these.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub before: Option<Suffered>,
@@ -189,7 +200,10 @@ pub struct OptimizationStatus {
     /// Why.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
-    /// Hash of its configuration: a rolled-back optimization is tried again only when this changes.
+    /// What it brought, in words and numbers: the changes of its own KPIs with their 95 % confidence intervals.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub benefit: String,
+    /// Hash of its configuration: a rolled-back optimization is tried again only when this changes, or on `synthex.io/retry`.
     #[serde(default)]
     pub config_hash: String,
 }
@@ -218,21 +232,40 @@ pub struct KpiStatus {
     pub owner: Option<String>,
     /// The verdict at the last grid tick.
     pub verdict: Verdict,
+    /// Why the verdict is what it is, as one word.
+    pub reason: Cause,
+    /// Since when the reason has been this one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub since: Option<Time>,
     /// What the verdict rests on, in words and numbers.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub message: String,
-    /// The canary's value: an error rate, or the value under a threshold.
+    /// The canary's value: a share of requests, a gauge's mean over pods, or the value under a threshold.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub canary: Option<f64>,
     /// The baseline's value.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub baseline: Option<f64>,
+    /// Relative change of the canary against the baseline.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub change: Option<Change>,
     /// Natural logarithm of the evidence against "no worse than tolerated"; the alarm is at `alarmAt`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log_evidence: Option<f64>,
     /// Value of `logEvidence` at which the KPI alarms: ln(1/alpha).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alarm_at: Option<f64>,
+    /// Ratio of canary to baseline that is called equal: the tolerance, or what pods differ by.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tolerated: Option<f64>,
+    /// Smallest ratio of canary to baseline that the whole stage finds with a probability of 80 %, at the traffic seen so far.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detectable: Option<f64>,
+    /// Time in which a doubling would be found, at the traffic seen so far.
+    // Without the rule on durations: in a list it costs the API server more than all other rules together may.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub doubling_found_in: Option<Duration>,
     /// Checkpoint from which the same evidence is folded again after a restart.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evidence: Option<Evidence>,
@@ -253,6 +286,115 @@ pub enum Verdict {
     TelemetryDown,
 }
 
+/// Why a verdict is what it is. Each has its own consequence; see the README's troubleshooting.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Cause {
+    /// The evidence is enough for the verdict.
+    Judged,
+    /// More events, requests or samples are needed.
+    NeedsEvidence,
+    /// There are too few pods ever to judge this KPI in this stage: it is shown and stops nothing.
+    NeedsPods,
+    /// Nothing is compared in this step of the rollout.
+    NoBaseline,
+    /// The canary has no requests, the baseline has.
+    CanaryIdle,
+    /// The baseline has no requests, the canary has.
+    BaselineIdle,
+    /// Neither arm has requests.
+    Idle,
+    /// The newest samples are older than two intervals.
+    Stale,
+    /// The value is NaN or infinite.
+    NotANumber,
+    /// The baseline is beyond the bound as well, so that it is not the canary's doing.
+    BaselineUnhealthy,
+    /// Prometheus holds samples of the baseline's pods, but none of the canary's.
+    CanaryMissing,
+    /// Prometheus holds samples of the canary's pods, but none of the baseline's.
+    BaselineMissing,
+    /// Prometheus holds samples of neither.
+    Missing,
+    /// Prometheus cannot be reached, is unwell, or did not answer in time.
+    Unreachable,
+    /// Prometheus refuses the query, or its answer cannot be judged.
+    Malformed,
+}
+
+/// A relative change with its 95 % confidence interval: -0.35 is 35 % less.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Change {
+    /// The estimate.
+    pub estimate: f64,
+    /// Lower end of the interval.
+    pub low: f64,
+    /// Upper end of the interval.
+    pub high: f64,
+}
+
+/// What one KPI's change was measured to be.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Benefit {
+    /// Name of the KPI.
+    pub kpi: String,
+    /// The optimizations that may have brought the change: one, or several where they cannot be told apart.
+    pub optimizations: Vec<String>,
+    /// Each stage's own measurement, of the last attempt.
+    pub stages: Vec<StageChange>,
+    /// The measurements in production together, weighted by their precision; those of staging where there are no others.
+    pub overall: Change,
+}
+
+/// A change as one stage measured it.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct StageChange {
+    /// Name of the stage.
+    pub stage: String,
+    /// Where it was measured.
+    pub track: Track,
+    /// What was measured.
+    pub change: Change,
+}
+
+/// Where pods run.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Track {
+    /// Apart from production, under generated load.
+    Staging,
+    /// In production.
+    Production,
+}
+
+/// What was learned of one KPI from pods with every optimization of the pass off, before the evidence was looked at.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Preflight {
+    /// Name of the KPI.
+    pub kpi: String,
+    /// Where it was learned; what staging's load teaches does not hold for production's.
+    pub track: Track,
+    /// Unix time in seconds at which the span ended from which it was learned. Evidence begins no earlier.
+    pub until: i64,
+    /// Pods from which the spread was learned; 0 where they or their past were too few, so that the cautious end of the range is
+    /// taken.
+    pub pods: i32,
+    /// How much pods that do the same work differ: the standard deviation of the logarithm of the share (one for each bound of
+    /// a latency), or of a gauge's logarithm and of its plain value.
+    pub spread: Vec<f64>,
+    /// The frozen bounds of a latency as the label `le` has them, the lower first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bounds: Vec<String>,
+    /// Whether the histogram is a native one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub native: bool,
+    /// Events (errors, requests slower than the first bound) and requests per second and pod, for foretelling what a stage can show.
+    #[serde(default)]
+    pub rate: Counts,
+}
+
 /// Evidence of one KPI in one attempt at a stage: a fold over the samples on the tick grid.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
@@ -262,22 +404,12 @@ pub struct Evidence {
     /// Grid ticks with fresh samples of both arms.
     #[serde(default)]
     pub fresh_ticks: i64,
-    /// Log weights of the mixture's alternatives.
+    /// Evidence of each share of requests that is compared: one of an error ratio, one for each bound of a latency.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub log_weights: Vec<f64>,
-    /// Highest log evidence so far: an alarm, once reached, stands.
-    #[serde(default)]
-    pub peak: f64,
-    /// Events and requests of the canary.
-    #[serde(default)]
-    pub canary: Counts,
-    /// Events and requests of the baseline.
-    #[serde(default)]
-    pub baseline: Counts,
-    /// Counts that wait to be compared: of the last tick when only one arm had requests in it, or of a gap in the samples that
-    /// only one arm has come back from. They are compared together with those of the next fresh tick.
+    pub shares: Vec<ShareEvidence>,
+    /// Evidence of a gauge.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub carry: Option<Carry>,
+    pub gauge: Option<GaugeEvidence>,
     /// Samples in a row beyond a threshold.
     #[serde(default)]
     pub breaches: i32,
@@ -286,7 +418,78 @@ pub struct Evidence {
     pub value: Option<f64>,
 }
 
-/// Counts of both arms that wait for those of the next tick.
+/// Evidence of one share of requests.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct ShareEvidence {
+    /// Log weights of the mixture's alternatives.
+    pub log_weights: Vec<f64>,
+    /// Highest log evidence so far while the difference mattered: an alarm, once reached, stands.
+    #[serde(default)]
+    pub peak: f64,
+    /// Events and requests of the canary.
+    #[serde(default)]
+    pub canary: Counts,
+    /// Events and requests of the baseline.
+    #[serde(default)]
+    pub baseline: Counts,
+    /// The same of the latest ticks, of which older ones weigh less.
+    #[serde(default)]
+    pub recent: Carry,
+    /// Requests that one arm has had since the other's last: the baseline's while the canary is silent, and less than 0 the canary's.
+    #[serde(default)]
+    pub silence: f64,
+    /// Counts that wait to be compared: of the last tick when only one arm had requests in it, or of a gap in the samples that
+    /// only one arm has come back from. They are compared together with those of the next fresh tick.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub carry: Option<Carry>,
+}
+
+/// Evidence of a gauge.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct GaugeEvidence {
+    /// Looks taken at the level.
+    pub looks: i32,
+    /// Highest log evidence so far: an alarm, once reached, stands.
+    pub peak: f64,
+    /// Sums over each pod's samples, canary and baseline. They grow with the pods and are not stored: after a restart they are
+    /// folded again from the stage's first tick.
+    #[serde(skip)]
+    pub sums: Option<Box<GaugeSums>>,
+}
+
+/// Sums over the samples of a gauge since `from`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GaugeSums {
+    /// First tick, against which times are taken.
+    pub from: i64,
+    /// By pod: of the canary, of the baseline.
+    pub pods: [std::collections::BTreeMap<String, PodSums>; 2],
+    /// Samples that were no number, and all samples.
+    pub dropped: (i64, i64),
+}
+
+/// Sums over one pod's samples: y is the logarithm of the value, t the time in hours.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PodSums {
+    /// Number of samples.
+    pub n: f64,
+    /// Whether a value was zero or less, so that only the plain values have a meaning.
+    pub signed: bool,
+    /// Sum of the plain values.
+    pub plain: f64,
+    /// Sum of y.
+    pub y: f64,
+    /// Sum of t.
+    pub t: f64,
+    /// Sum of t².
+    pub tt: f64,
+    /// Sum of t·y.
+    pub ty: f64,
+}
+
+/// Counts of both arms.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct Carry {
@@ -318,6 +521,89 @@ pub struct Decision {
     pub what: What,
     /// Why, with the numbers.
     pub why: String,
+    /// What a decision on evidence rests on, to recompute it by hand or by `kubectl synthex record` and `backtest`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub basis: Option<Basis>,
+}
+
+/// What a decision on evidence rests on.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Basis {
+    /// Name of the stage.
+    pub stage: String,
+    /// Attempt at it.
+    pub attempt: i32,
+    /// What the stage did.
+    pub step: Step,
+    /// Unix time in seconds of the grid tick at which the evidence began; the first difference ends one interval later.
+    pub from: i64,
+    /// Unix time in seconds of the last grid tick that was folded.
+    pub until: i64,
+    /// The optimizations that were on in the canary.
+    pub on: Vec<String>,
+    /// What had been learned of the KPIs there, since `.status.preflight` holds that of later stages.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub preflight: Vec<Preflight>,
+    /// The numbers of each KPI.
+    pub kpis: Vec<Numbers>,
+}
+
+/// The numbers of one KPI at a decision.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Numbers {
+    /// Name of the KPI.
+    pub name: String,
+    /// The verdict.
+    pub verdict: Verdict,
+    /// Unix time in seconds of the grid tick at which this KPI's evidence began: that of all, its own warm-up and what was learned
+    /// of it considered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<i64>,
+    /// Unix time in seconds of the last grid tick that was folded into it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub until: Option<i64>,
+    /// Events and requests of both arms, for each share of requests that is compared.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub counts: Vec<Carry>,
+    /// The canary's value.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub canary: Option<f64>,
+    /// The baseline's value.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<f64>,
+    /// The relative change.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub change: Option<Change>,
+    /// The log evidence, at its peak where the KPI fails.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_evidence: Option<f64>,
+    /// Where it alarms.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alarm_at: Option<f64>,
+    /// Ratio that is called equal.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tolerated: Option<f64>,
+}
+
+impl From<&KpiStatus> for Numbers {
+    fn from(kpi: &KpiStatus) -> Self {
+        let shares = kpi.evidence.iter().flat_map(|evidence| &evidence.shares);
+        Self {
+            name: kpi.name.clone(),
+            verdict: kpi.verdict,
+            from: None,
+            until: kpi.evidence.as_ref().map(|evidence| evidence.last_tick),
+            counts: shares.map(|share| Carry { canary: share.canary, baseline: share.baseline }).collect(),
+            canary: kpi.canary,
+            baseline: kpi.baseline,
+            change: kpi.change,
+            log_evidence: kpi.log_evidence,
+            alarm_at: kpi.alarm_at,
+            tolerated: kpi.tolerated,
+        }
+    }
 }
 
 /// Kinds of decision; each is the reason of its event.
@@ -335,8 +621,14 @@ pub enum What {
     AlarmRaised,
     /// One or more optimizations were switched off.
     OptimizationRolledBack,
+    /// A KPI cannot be read, through a query or an answer that must be mended.
+    KpiUnreadable,
+    /// What the stages can prove, where that is little, or a promised benefit that is missed.
+    Warned,
     /// The user ended the pass.
     Aborted,
+    /// The user lets an optimization that was rolled back try again.
+    RetriedByUser,
     /// The user granted an approval or skipped the rest of a bake.
     PromotedByUser,
     /// A user's verb could not be followed.

@@ -8,7 +8,7 @@ use k8s_openapi::{
 };
 
 use super::{
-    judge::{self, Arm, Arms, Kpi, Test, Tick},
+    judge::{self, Arm, Arms, Kpi, Lesson, Test, Tick, Trial},
     render::{
         PROMOTED_ANNOTATION, ROLLED_BACK_ANNOTATION, Target, Variant, Wanted, outline, render, subject,
     },
@@ -18,8 +18,9 @@ use super::{
     snapshot::{Observed, Pod, Snapshot, Verb},
 };
 use crate::api::{
-    Approval, Blame, Comparison, Decision, DeletionPolicy, KpiStatus, Mode, OptimizationState,
-    OptimizationStatus, Phase, Promotion, RolloutStatus, StageStatus, Step, Suffered, Verdict, What,
+    Approval, Basis, Blame, Cause, Comparison, Decision, DeletionPolicy, KpiStatus, Mode, Numbers,
+    OnInconclusive, OnMiss, OptimizationState, OptimizationStatus, Phase, Preflight, Promotion,
+    RolloutStatus, StageStatus, Step, Suffered, Track, Verdict, What,
 };
 
 /// How long a shared alarm waits for an owned one before everything is rolled back.
@@ -59,12 +60,10 @@ pub struct Plan {
 /// What is to be asked of Prometheus.
 #[derive(Clone, Debug)]
 pub struct Inquiry {
-    /// The KPIs, each with its evidence so far.
-    pub kpis: Vec<(Kpi, crate::api::Evidence)>,
-    /// The pods that are compared.
-    pub arms: Arms,
-    /// Log evidence at which a KPI alarms.
-    pub alarm_at: f64,
+    /// The KPIs that can be judged, each with its evidence so far.
+    pub trials: Vec<(Trial, crate::api::Evidence)>,
+    /// What is said of the others, which are not learned of yet or warm up still.
+    pub waiting: Vec<KpiStatus>,
     /// Last tick of the grid that can be asked for now.
     pub until: Tick,
     /// Spacing of the grid, in seconds.
@@ -74,18 +73,120 @@ pub struct Inquiry {
 /// What is to be asked of Prometheus now, or nothing while nothing may be judged.
 pub fn inquiry(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Option<Inquiry> {
     let stage = status.stage.as_ref()?;
-    let from = evidence_from(rollout, stage)?;
     let step = interval(rollout);
     let until = judge::settled(now.as_second(), step);
-    if until <= from || !matches!(stage.step, Step::Observing | Step::AwaitingApproval | Step::Promoting) {
+    if !judges(stage) || until <= evidence_from(rollout, stage, None)? {
         return None;
     }
+    let (track, arms) = compared(rollout, stage)?;
+    let bake = planned(rollout, stage).map_or(0, |planned| planned.duration.as_secs());
+    let on = names(status, OptimizationState::Active);
+    let (mut trials, mut waiting) = (vec![], vec![]);
+    for kpi in judged(rollout, stage, &on) {
+        let known = status.kpis.iter().find(|known| known.name == kpi.name);
+        let preflight = learned(status, kpi, track);
+        if kpi.is_tested() && preflight.is_none() {
+            waiting.push(known.cloned().unwrap_or_else(|| unlearned(kpi, None)));
+            continue;
+        }
+        let from = begins(rollout, stage, kpi, preflight)?;
+        if until <= from {
+            waiting.push(Trial::waiting(
+                kpi,
+                &judge::AnswerHealth::Blind(Cause::NeedsEvidence, "the KPI warms up".to_owned()),
+            ));
+            continue;
+        }
+        let trial = Trial {
+            alarm_at: judge::alarm_at(
+                rollout.analysis.false_rollback_probability,
+                rollout.alpha_share(kpi),
+                rollout.stages.len(),
+                stage.attempt,
+            ),
+            kpi: kpi.clone(),
+            arms: arms.clone(),
+            preflight: preflight.cloned(),
+            step,
+            bake: (i64::try_from(bake).unwrap_or(i64::MAX) + step - 1) / step,
+        };
+        let evidence = known.and_then(|known| known.evidence.clone());
+        trials.push((trial.clone(), trial.resumed(evidence, from)));
+    }
+    Some(Inquiry { trials, waiting, until, step })
+}
+
+/// What is to be learned from running pods before the evidence of a KPI can begin.
+pub fn lessons(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Vec<Lesson> {
+    let Some(stage) = status.stage.as_ref().filter(|stage| judges(stage) && stage.step != Step::Promoting)
+    else {
+        return vec![];
+    };
+    let Some((track, arms)) = compared(rollout, stage) else { return vec![] };
+    let step = interval(rollout);
+    let until = judge::settled(now.as_second(), step);
+    let span = i64::try_from(rollout.analysis.preflight.as_secs()).unwrap_or(i64::MAX / 2);
+    let mut off: Vec<String> = arms.baseline.iter().map(|arm| arm.deployment.clone()).collect();
+    if track == Track::Production {
+        off.push(Variant::Stable.object_name(&rollout.name));
+        off.dedup();
+    }
+    let on = names(status, OptimizationState::Active);
+    judged(rollout, stage, &on)
+        .filter(|kpi| kpi.is_tested() && learned(status, kpi, track).is_none())
+        .filter(|kpi| evidence_from(rollout, stage, Some(kpi)).is_some_and(|from| until >= from))
+        .map(|kpi| Lesson::over(kpi, track, &rollout.namespace, off.clone(), until, span, step))
+        .collect()
+}
+
+/// Notes what was learned, in the place of what did not fit.
+pub fn learn(status: &mut RolloutStatus, preflight: Preflight) {
+    status.preflight.retain(|known| known.kpi != preflight.kpi || known.track != preflight.track);
+    status.preflight.push(preflight);
+}
+
+/// What is said of a KPI of which nothing could be learned yet.
+pub fn unlearned(kpi: &Kpi, health: Option<&judge::AnswerHealth>) -> KpiStatus {
+    let why = "no request has been counted yet from which to tell what is slow".to_owned();
+    Trial::waiting(kpi, health.unwrap_or(&judge::AnswerHealth::Blind(Cause::Idle, why)))
+}
+
+/// Whether a stage is in a step in which KPIs are judged.
+fn judges(stage: &StageStatus) -> bool {
+    matches!(stage.step, Step::Observing | Step::AwaitingApproval | Step::Promoting)
+}
+
+/// The KPIs that are judged in a stage with these optimizations on.
+fn judged<'a>(
+    rollout: &'a Rollout,
+    stage: &StageStatus,
+    on: &'a BTreeSet<String>,
+) -> impl Iterator<Item = &'a Kpi> {
+    let promoting = stage.step == Step::Promoting;
+    rollout.kpis(on).filter(move |kpi| !promoting || !kpi.is_tested())
+}
+
+/// What was learned of a KPI, if it fits.
+fn learned<'a>(status: &'a RolloutStatus, kpi: &Kpi, track: Track) -> Option<&'a Preflight> {
+    let known = status.preflight.iter().find(|known| known.kpi == kpi.name && known.track == track)?;
+    let fits = match kpi.test {
+        Test::Latency { .. } => !known.bounds.is_empty(),
+        Test::ErrorRatio { .. } => known.bounds.is_empty() && known.spread.len() == 1,
+        Test::Gauge { .. } => known.bounds.is_empty() && known.spread.len() != 1,
+        Test::Threshold { .. } => false,
+    };
+    fits.then_some(known)
+}
+
+/// Where a stage runs and which pods it compares; none while its place in the specification is gone.
+fn compared(rollout: &Rollout, stage: &StageStatus) -> Option<(Track, Arms)> {
     let arm = |variant: Variant, pods| Arm { deployment: variant.object_name(&rollout.name), pods };
     let place = planned(rollout, stage).map(|planned| &planned.place);
-    let (canary, baseline) = match (stage.step, place) {
-        (Step::Promoting, _) => (arm(Variant::Stable, rollout.replicas), None),
+    let (track, canary, baseline) = match (stage.step, place) {
+        (Step::Promoting, _) => (Track::Production, arm(Variant::Stable, rollout.replicas), None),
         (_, None) => return None,
         (_, Some(Place::Staging(staging))) => (
+            Track::Staging,
             arm(Variant::StagingCanary, staging.replicas),
             Some(arm(Variant::StagingBaseline, staging.replicas)),
         ),
@@ -95,27 +196,10 @@ pub fn inquiry(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Opt
                 Comparison::Fresh => arm(Variant::Baseline, replicas.baseline),
                 Comparison::Stable => arm(Variant::Stable, replicas.stable),
             };
-            (arm(Variant::Canary, replicas.canary), Some(baseline))
+            (Track::Production, arm(Variant::Canary, replicas.canary), Some(baseline))
         }
     };
-    let arms = Arms { namespace: rollout.namespace.clone(), canary, baseline };
-    let on = names(status, OptimizationState::Active);
-    let kpis = rollout
-        .kpis(&on)
-        .filter(|kpi| stage.step != Step::Promoting || matches!(kpi.test, Test::Threshold { .. }))
-        .map(|kpi| {
-            let known = status
-                .kpis
-                .iter()
-                .find(|known| known.name == kpi.name)
-                .and_then(|known| known.evidence.clone());
-            let evidence =
-                known.unwrap_or_else(|| crate::api::Evidence { last_tick: from, ..Default::default() });
-            (kpi.clone(), evidence)
-        })
-        .collect();
-    let alarm_at = judge::alarm_at(rollout.kpi_count(), rollout.stages.len(), stage.attempt);
-    Some(Inquiry { kpis, arms, alarm_at, until, step })
+    Some((track, Arms { namespace: rollout.namespace.clone(), canary, baseline }))
 }
 
 /// Whether the configuration in force is worth asking the pods for: only while pods are being brought to one.
@@ -149,12 +233,19 @@ fn interval(rollout: &Rollout) -> i64 {
     i64::try_from(rollout.analysis.interval.as_secs()).unwrap_or(i64::MAX).max(1)
 }
 
-/// The grid tick that is the base of a stage's evidence: the first after exposure and warm-up.
-fn evidence_from(rollout: &Rollout, stage: &StageStatus) -> Option<Tick> {
-    let warm = stage.exposed_at.as_ref()?.0 + span(rollout.analysis.warm_up);
+/// The grid tick that is the base of a stage's evidence: the first after exposure and warm-up, the KPI's own where it has one.
+fn evidence_from(rollout: &Rollout, stage: &StageStatus, kpi: Option<&Kpi>) -> Option<Tick> {
+    let warm_up = kpi.and_then(|kpi| kpi.warm_up).unwrap_or(rollout.analysis.warm_up);
+    let warm = stage.exposed_at.as_ref()?.0 + span(warm_up);
     let step = interval(rollout);
     let whole = warm.as_second() + i64::from(warm.subsec_nanosecond() > 0);
     Some((whole + step - 1).div_euclid(step) * step)
+}
+
+/// The grid tick that is the base of a KPI's evidence: never before the end of what was learned of it.
+fn begins(rollout: &Rollout, stage: &StageStatus, kpi: &Kpi, preflight: Option<&Preflight>) -> Option<Tick> {
+    let from = evidence_from(rollout, stage, Some(kpi))?;
+    Some(from.max(preflight.map_or(i64::MIN, |preflight| preflight.until)))
 }
 
 fn span(duration: crate::api::Duration) -> SignedDuration {
@@ -176,7 +267,7 @@ pub fn step(rollout: &Rollout, snapshot: &Snapshot, judged: Vec<KpiStatus>, now:
     let mut machine =
         Machine { rollout, snapshot, now, status: snapshot.status.clone(), answered: vec![], stall: None };
     if !judged.is_empty() {
-        machine.status.kpis = judged;
+        machine.take(judged);
     }
     machine.status.observed_generation = rollout.generation;
     if snapshot.deleting_since.is_some() {
@@ -224,7 +315,7 @@ pub fn conflict(foreign: &[String]) -> Refusal {
 
 fn decide(status: &mut RolloutStatus, now: Timestamp, what: What, why: String) {
     let id = status.decisions.last().map_or(0, |decision| decision.id) + 1;
-    status.decisions.push(Decision { id, time: Time(now), what, why });
+    status.decisions.push(Decision { id, time: Time(now), what, why, basis: None });
     let surplus = status.decisions.len().saturating_sub(DECISIONS);
     status.decisions.drain(..surplus);
 }
@@ -243,8 +334,64 @@ impl Machine<'_> {
         decide(&mut self.status, self.now, what, why.into());
     }
 
+    /// A decision on evidence, with the numbers that it rests on.
+    fn decide_on(&mut self, basis: Option<Basis>, what: What, why: impl Into<String>) {
+        self.decide(what, why);
+        if let Some(decision) = self.status.decisions.last_mut() {
+            decision.basis = basis;
+        }
+    }
+
+    /// The numbers as they stand; nothing where no KPI is judged.
+    fn basis(&self) -> Option<Basis> {
+        let stage = self.status.stage.as_ref()?;
+        let (track, _) = compared(self.rollout, stage)?;
+        let tick = |kpi: &KpiStatus| kpi.evidence.as_ref().map(|evidence| evidence.last_tick);
+        let numbers = |known: &KpiStatus| {
+            let begun = known.evidence.as_ref().and_then(|_| self.kpi(&known.name));
+            let from =
+                begun.and_then(|kpi| begins(self.rollout, stage, kpi, learned(&self.status, kpi, track)));
+            Numbers { from, ..Numbers::from(known) }
+        };
+        Some(Basis {
+            stage: stage.name.clone(),
+            attempt: stage.attempt,
+            step: stage.step,
+            from: evidence_from(self.rollout, stage, None)?,
+            until: self.status.kpis.iter().filter_map(tick).max()?,
+            on: self.active().into_iter().collect(),
+            preflight: self.status.preflight.iter().filter(|known| known.track == track).cloned().collect(),
+            kpis: self.status.kpis.iter().map(numbers).collect(),
+        })
+    }
+
+    /// Takes what the judges say, and since when they give this reason. A query that must be mended is said at once, once.
+    fn take(&mut self, judged: Vec<KpiStatus>) {
+        let before = std::mem::replace(&mut self.status.kpis, judged);
+        let mut unreadable = vec![];
+        for kpi in &mut self.status.kpis {
+            let known = before.iter().find(|known| known.name == kpi.name && known.reason == kpi.reason);
+            kpi.since = known.and_then(|known| known.since.clone()).or(Some(Time(self.now)));
+            if known.is_none() && kpi.reason == Cause::Malformed {
+                unreadable
+                    .push(format!("{} cannot be read, and the rollout holds: {}", kpi.name, kpi.message));
+            }
+        }
+        for why in unreadable {
+            let said = |decision: &Decision| decision.what == What::KpiUnreadable && decision.why == why;
+            if !self.status.decisions.iter().any(said) {
+                self.decide(What::KpiUnreadable, why);
+            }
+        }
+    }
+
     fn active(&self) -> BTreeSet<String> {
         names(&self.status, OptimizationState::Active)
+    }
+
+    /// The KPI of the specification, whichever optimizations are on.
+    fn kpi(&self, name: &str) -> Option<&Kpi> {
+        self.rollout.all_kpis().find(|kpi| kpi.name == name)
     }
 
     fn stage_name(&self) -> String {
@@ -280,6 +427,7 @@ impl Machine<'_> {
                 stage: String::new(),
                 since: Time(self.now),
                 reason: reason.to_owned(),
+                benefit: String::new(),
                 config_hash: config_hash.clone(),
             };
             let entry = match known.iter().find(|entry| entry.name == name) {
@@ -313,6 +461,7 @@ impl Machine<'_> {
                 match &verb {
                     Verb::Abort(stage) => self.abort(stage),
                     Verb::Rollback(name) => self.rollback_by_user(name),
+                    Verb::Retry(name) => self.retry_by_user(name),
                     Verb::Promote(value) => self.promote_by_user(value),
                 }
             }
@@ -338,12 +487,31 @@ impl Machine<'_> {
             }
             Some(OptimizationState::RolledBack) => {}
             None => {
-                let all: Vec<_> = self.status.optimizations.iter().map(|o| o.name.as_str()).collect();
-                let why =
-                    format!("rollback={name}: no optimization of this name; there are {}", all.join(", "));
+                let why = format!("rollback={name} is refused: {}", self.no_optimization());
                 self.decide(What::VerbRefused, why);
             }
         }
+    }
+
+    fn retry_by_user(&mut self, name: &str) {
+        let state = self.status.optimizations.iter().find(|o| o.name == name).map(|o| o.state);
+        let listed = self.rollout.optimization(name).is_some();
+        let why = match state {
+            Some(OptimizationState::RolledBack) if listed => {
+                self.set(name, OptimizationState::Pending, "the user lets it try again");
+                let next = "it has a pass of its own, from the first stage";
+                return self.decide(What::RetriedByUser, format!("{name} may try again: {next}"));
+            }
+            Some(OptimizationState::RolledBack) => "it is no longer in spec.optimizations".to_owned(),
+            Some(_) => "it was not rolled back".to_owned(),
+            None => self.no_optimization(),
+        };
+        self.decide(What::VerbRefused, format!("retry={name} is refused: {why}"));
+    }
+
+    fn no_optimization(&self) -> String {
+        let all: Vec<_> = self.status.optimizations.iter().map(|o| o.name.as_str()).collect();
+        format!("no optimization of this name; there are {}", all.join(", "))
     }
 
     fn promote_by_user(&mut self, value: &str) {
@@ -381,9 +549,11 @@ impl Machine<'_> {
         self.decide(What::VerbRefused, format!("promote={value} is refused: {refusal}"));
     }
 
-    /// KPIs that fail now.
+    /// KPIs that fail now and may act.
     fn failing(&self) -> Vec<KpiStatus> {
-        self.status.kpis.iter().filter(|kpi| kpi.verdict == Verdict::Fail).cloned().collect()
+        let acts = |name: &str| self.kpi(name).is_none_or(|kpi| !kpi.observe_only);
+        let failing = self.status.kpis.iter().filter(|kpi| kpi.verdict == Verdict::Fail && acts(&kpi.name));
+        failing.cloned().collect()
     }
 
     fn advance(&mut self) {
@@ -441,6 +611,8 @@ impl Machine<'_> {
         if pending.is_empty() {
             return;
         }
+        self.status.preflight.clear();
+        self.status.benefits.clear();
         self.enter(0, 1);
         for name in &pending {
             self.set(name, OptimizationState::Active, "");
@@ -451,7 +623,19 @@ impl Machine<'_> {
 
     fn enter(&mut self, index: usize, attempt: i32) {
         let Some(planned) = self.rollout.stages.get(index) else { return };
+        // What could not be learned is tried again; what was learned stays frozen, and so does what was said of it.
+        self.status.preflight.retain(|known| known.pods > 0);
+        let track = |stage: &Stage| match stage.place {
+            Place::Staging(_) => Track::Staging,
+            Place::Weight(_) => Track::Production,
+        };
+        let before = self.status.stage.as_ref();
+        let foretold = before.is_some_and(|stage| {
+            stage.foretold
+                && self::planned(self.rollout, stage).is_some_and(|before| track(before) == track(planned))
+        });
         self.status.stage = Some(StageStatus {
+            foretold,
             name: planned.name.clone(),
             index: i32::try_from(index).unwrap_or(i32::MAX),
             step: Step::Deploying,
@@ -508,7 +692,7 @@ impl Machine<'_> {
                 });
             }
             Step::WarmingUp => {
-                let from = evidence_from(rollout, stage);
+                let from = evidence_from(rollout, stage, None);
                 if from.is_some_and(|from| self.now.as_second() >= from) {
                     stage.step = Step::Observing;
                 }
@@ -564,6 +748,7 @@ impl Machine<'_> {
     }
 
     fn observe(&mut self, planned: &Stage, index: usize) {
+        self.foretell();
         let failing = self.failing();
         if !failing.is_empty() {
             let active = self.active();
@@ -573,7 +758,8 @@ impl Machine<'_> {
                 .filter(|owner| active.contains(owner))
                 .collect();
             let why: Vec<_> = failing.iter().map(|kpi| format!("{}: {}", kpi.name, kpi.message)).collect();
-            return self.harm(&failing[0].name, &owners, &why.join("; "), false);
+            let catastrophe = failing.iter().any(|kpi| self.is_catastrophe(kpi));
+            return self.harm(&failing[0].name, &owners, &why.join("; "), catastrophe);
         }
         // Under Observe an alarm stops promotion for good, also one of Kubernetes that is over.
         let observe_only = self.rollout.analysis.mode == Mode::Observe;
@@ -585,10 +771,20 @@ impl Machine<'_> {
             }
             stage.blame = None;
         }
+        if let Some((owners, why)) = self.overdue()
+            && !observe_only
+        {
+            return self.roll_back(&owners, &why);
+        }
         let forced =
             self.status.stage.as_ref().is_some_and(|stage| stage.promoted == Some(Promotion::Forced));
-        if self.unproven(planned) && (!forced || self.blind()) {
+        if self.unproven(planned) && (!forced || self.blind()) && !self.inconclusive(planned) {
             return;
+        }
+        if let Some((owner, why)) = self.broken_promise()
+            && !observe_only
+        {
+            return self.roll_back(&BTreeSet::from([owner]), &why);
         }
         let Some(stage) = &mut self.status.stage else { return };
         if planned.approval == Approval::Required && stage.promoted.is_none() {
@@ -613,10 +809,10 @@ impl Machine<'_> {
         let proof: Vec<_> =
             self.status.kpis.iter().map(|kpi| format!("{}: {}", kpi.name, kpi.message)).collect();
         let observed = self.status.stage.as_ref().map(|stage| stage.observed).unwrap_or_default();
-        self.decide(
-            What::StagePassed,
-            format!("stage {} passed after {observed} of observation; {}", planned.name, proof.join("; ")),
-        );
+        let why =
+            format!("stage {} passed after {observed} of observation; {}", planned.name, proof.join("; "));
+        self.decide_on(self.basis(), What::StagePassed, why);
+        self.credit(planned);
         if index + 1 < self.rollout.stages.len() {
             self.enter(index + 1, attempt);
             let next = self.stage_name();
@@ -673,7 +869,8 @@ impl Machine<'_> {
         } else {
             format!("; rolled back: {}", list(&rolled_back))
         };
-        self.decide(What::Completed, format!("{} on all pods{without}", list(&active)));
+        let brought = report::brought(&self.status);
+        self.decide(What::Completed, format!("{} on all pods{without}{brought}", list(&active)));
         self.status.stage = None;
         self.status.kpis.clear();
     }
@@ -739,45 +936,281 @@ impl Machine<'_> {
                     )
                 }
             };
-            self.decide(What::AlarmRaised, format!("{why}; {next}"));
+            self.decide_on(self.basis(), What::AlarmRaised, format!("{why}; {next}"));
         }
     }
 
     fn roll_back(&mut self, names: &BTreeSet<String>, why: &str) {
+        let basis = self.basis();
         for name in names {
             self.set(name, OptimizationState::RolledBack, why);
         }
         let stage = self.stage_name();
         let place = if stage.is_empty() { String::new() } else { format!(" in stage {stage}") };
-        self.decide(What::OptimizationRolledBack, format!("{} switched off{place}: {why}", list(names)));
+        let why = format!("{} switched off{place}: {why}", list(names));
+        self.decide_on(basis, What::OptimizationRolledBack, why);
         if self.status.stage.is_some() {
             if self.active().is_empty() { self.restore() } else { self.settle_subject() }
         }
     }
 
-    /// Whether the stage still lacks bake time or a required KPI its proof.
+    /// Whether the stage still lacks bake time or a required KPI its proof, or an optional one was to be seen and is waited for.
     fn unproven(&self, planned: &Stage) -> bool {
         let baked = self.status.stage.as_ref().is_some_and(|stage| stage.observed >= planned.duration);
         let proven = |kpi: &Kpi| {
             let known = self.status.kpis.iter().find(|known| known.name == kpi.name);
+            if !kpi.required {
+                let unseen =
+                    |known: &&KpiStatus| matches!(known.verdict, Verdict::TelemetryDown | Verdict::NoData);
+                return kpi.observe_only
+                    || known.filter(unseen).is_none_or(|known| self.held(known) > self.brief_patience());
+            }
             known.is_some_and(|known| {
-                let requests = known.evidence.as_ref().map_or(0.0, |evidence| evidence.canary.total);
-                let enough =
-                    matches!(kpi.test, Test::Threshold { .. }) || requests >= planned.min_requests as f64;
-                known.verdict == Verdict::Pass && enough
+                let shares = known.evidence.as_ref().and_then(|evidence| evidence.shares.first());
+                let enough = shares.is_none_or(|share| share.canary.total >= planned.min_requests as f64);
+                (known.verdict == Verdict::Pass || known.reason == Cause::NeedsPods) && enough
             })
         };
-        !(baked && self.rollout.kpis(&self.active()).filter(|kpi| kpi.required).all(proven))
+        !(baked && self.rollout.kpis(&self.active()).all(proven))
     }
 
     /// Whether a required KPI cannot be seen at all. Not even the user's word promotes then.
     fn blind(&self) -> bool {
+        let required = |name: &str| self.kpi(name).is_none_or(|kpi| kpi.required);
         self.status.kpis.is_empty()
-            || self
-                .status
-                .kpis
-                .iter()
-                .any(|kpi| matches!(kpi.verdict, Verdict::TelemetryDown | Verdict::NoData))
+            || self.status.kpis.iter().any(|kpi| {
+                matches!(kpi.verdict, Verdict::TelemetryDown | Verdict::NoData) && required(&kpi.name)
+            })
+    }
+
+    /// How long a KPI has had its reason.
+    fn held(&self, kpi: &KpiStatus) -> SignedDuration {
+        kpi.since.as_ref().map_or(SignedDuration::ZERO, |since| self.now.duration_since(since.0))
+    }
+
+    /// How long is waited for what may only be late: a KPI that nothing depends on, the canary's first samples.
+    fn brief_patience(&self) -> SignedDuration {
+        span(self.rollout.analysis.no_data_deadline) / 3
+    }
+
+    /// How long a reason is borne before it has a consequence: `noDataDeadline`, a third of it where only the canary lacks samples
+    /// or requests, twice as long where nobody asks for anything.
+    fn patience(&self, reason: Cause) -> SignedDuration {
+        let deadline = span(self.rollout.analysis.no_data_deadline);
+        match reason {
+            Cause::CanaryMissing | Cause::CanaryIdle => self.brief_patience(),
+            Cause::Idle => deadline * 2,
+            _ => deadline,
+        }
+    }
+
+    /// What has been unreadable for too long. Samples that only the canary's Ready pods lack are the doing of what is on in them:
+    /// the optimizations to be rolled back, and why. All else stops the rollout and says so, and is never held against them.
+    fn overdue(&mut self) -> Option<(BTreeSet<String>, String)> {
+        let active = self.active();
+        let (mut guilty, mut why, mut stalled) = (BTreeSet::new(), vec![], vec![]);
+        for known in &self.status.kpis {
+            let required = self.kpi(&known.name).is_some_and(|kpi| kpi.required);
+            if !required || self.held(known) < self.patience(known.reason) {
+                continue;
+            }
+            match known.reason {
+                Cause::Judged | Cause::NeedsEvidence | Cause::NeedsPods | Cause::NoBaseline => {}
+                Cause::CanaryMissing if self.canary_is_ready() => {
+                    match known.owner.as_ref().filter(|owner| active.contains(*owner)) {
+                        Some(owner) => guilty.extend([owner.clone()]),
+                        None => guilty.extend(active.clone()),
+                    }
+                    let minutes = self.held(known).as_secs() / 60;
+                    why.push(format!(
+                        "{}: for {minutes} minutes there are no samples of the canary's Ready pods, and of the baseline's there are: {}",
+                        known.name, known.message
+                    ));
+                }
+                _ => stalled.push(format!("{}: {}", known.name, known.message)),
+            }
+        }
+        if !guilty.is_empty() {
+            return Some((guilty, why.join("; ")));
+        }
+        if !stalled.is_empty() {
+            let idle = self.status.kpis.iter().any(|kpi| {
+                matches!(kpi.reason, Cause::CanaryIdle | Cause::BaselineIdle | Cause::Idle)
+                    && self.held(kpi) >= self.patience(kpi.reason)
+            });
+            self.stall = Some(Refusal {
+                reason: if idle { "NoTraffic" } else { "TelemetryUnavailable" },
+                message: format!("{}; the rollout goes on by itself once that is mended", stalled.join("; ")),
+            });
+        }
+        None
+    }
+
+    fn canary_is_ready(&self) -> bool {
+        let seen = |variant: Variant| self.snapshot.variants.get(&variant);
+        let canary = seen(Variant::Canary).or_else(|| seen(Variant::StagingCanary));
+        canary.is_some_and(|seen| seen.serving() > 0 && seen.serving() >= seen.replicas)
+    }
+
+    /// What is done with a stage that has been observed for twice its duration and lacks nothing but evidence. Whether it may pass.
+    fn inconclusive(&mut self, planned: &Stage) -> bool {
+        let observed = self.status.stage.as_ref().map(|stage| stage.observed).unwrap_or_default();
+        let wanting: Vec<_> = self
+            .status
+            .kpis
+            .iter()
+            .filter(|known| self.kpi(&known.name).is_some_and(|kpi| kpi.required))
+            .filter(|known| known.verdict != Verdict::Pass && known.reason != Cause::NeedsPods)
+            .collect();
+        let only_evidence = wanting.iter().all(|known| known.reason == Cause::NeedsEvidence);
+        if observed.std() < planned.duration.std() * 2 || wanting.is_empty() || !only_evidence {
+            return false;
+        }
+        let within = wanting.iter().all(|known| match (known.change, known.tolerated) {
+            (Some(change), Some(tolerated)) => change.estimate <= tolerated - 1.0,
+            _ => true,
+        });
+        let names: Vec<_> =
+            wanting.iter().map(|known| format!("{}: {}", known.name, known.message)).collect();
+        let names = names.join("; ");
+        match self.rollout.analysis.on_inconclusive {
+            OnInconclusive::Advance if within => true,
+            OnInconclusive::Rollback => {
+                let why = format!("stage {} lacks evidence after {observed}: {names}", planned.name);
+                self.roll_back(&self.active(), &why);
+                false
+            }
+            OnInconclusive::Hold | OnInconclusive::Advance => {
+                self.stall = Some(Refusal {
+                    reason: "EvidenceWanting",
+                    message: format!(
+                        "stage {} has been observed for {observed} and lacks evidence: {names}; it goes on until there is enough. \
+                         Raise traffic or minimumEffect, make the KPI optional, or set analysis.onInconclusive",
+                        planned.name
+                    ),
+                });
+                false
+            }
+        }
+    }
+
+    /// Ten times the baseline's errors, or 5 % of all requests and no such share of the baseline's: nobody waits to see whose doing
+    /// it is. It is an alarm first, so that what looks like one in a handful of requests is none.
+    fn is_catastrophe(&self, known: &KpiStatus) -> bool {
+        let ratio = self.kpi(&known.name).is_some_and(|kpi| matches!(kpi.test, Test::ErrorRatio { .. }));
+        match (known.canary, known.baseline) {
+            (Some(canary), Some(baseline)) => {
+                ratio && (canary >= 10.0 * baseline || canary >= 0.05 && baseline < 0.05)
+            }
+            _ => false,
+        }
+    }
+
+    /// The optimization that did not bring what was promised of it, where the user wants it gone for that; other broken promises
+    /// are said when the stage passes.
+    fn broken_promise(&self) -> Option<(String, String)> {
+        let active = self.active();
+        self.status.kpis.iter().find_map(|known| {
+            let kpi = self.kpi(&known.name)?;
+            let expect = kpi.expect.as_ref().filter(|expect| expect.on_miss == OnMiss::Rollback)?;
+            let owner = kpi.owner.clone().filter(|owner| active.contains(owner))?;
+            let why = report::missed(expect, known)?;
+            Some((owner, format!("{}: {why}", known.name)))
+        })
+    }
+
+    /// Notes what the stage has measured of each KPI's change, and what was promised and is missed.
+    fn credit(&mut self, planned: &Stage) {
+        let active = self.active();
+        let track = match planned.place {
+            Place::Staging(_) => Track::Staging,
+            Place::Weight(_) => Track::Production,
+        };
+        let mut missed = vec![];
+        for known in &self.status.kpis {
+            let Some(change) = known.change else { continue };
+            // A KPI under an optimization is one that it alone can move; a shared one can be moved by each that is on.
+            let movers = match &known.owner {
+                Some(owner) => vec![owner.clone()],
+                None => active.iter().cloned().collect(),
+            };
+            report::credit(&mut self.status.benefits, &known.name, movers, &planned.name, track, change);
+            let expect = self
+                .rollout
+                .all_kpis()
+                .find(|kpi| kpi.name == known.name)
+                .and_then(|kpi| kpi.expect.as_ref());
+            missed.extend(
+                expect
+                    .and_then(|expect| report::missed(expect, known))
+                    .map(|why| format!("{}: {why}", known.name)),
+            );
+        }
+        if !missed.is_empty() {
+            self.decide(What::Warned, format!("stage {}: {}", planned.name, missed.join("; ")));
+        }
+        report::benefits(&mut self.status);
+    }
+
+    /// Says once on each track, before the evidence is looked at, which stages will be able to show little.
+    fn foretell(&mut self) {
+        let Some(stage) = self.status.stage.as_ref().filter(|stage| !stage.foretold) else { return };
+        let Some((track, _)) = compared(self.rollout, stage) else { return };
+        let active = self.active();
+        let tested = || judged(self.rollout, stage, &active).filter(|kpi| kpi.is_tested() && kpi.required);
+        if tested().any(|kpi| learned(&self.status, kpi, track).is_none()) {
+            return;
+        }
+        let mut little = vec![];
+        let later = self.rollout.stages.iter().skip_while(|planned| planned.name != stage.name);
+        for planned in later {
+            let named = StageStatus { name: planned.name.clone(), ..stage.clone() };
+            let Some((of, arms)) = compared(self.rollout, &named) else { continue };
+            let step = interval(self.rollout);
+            for kpi in tested().filter(|_| of == track) {
+                let trial = Trial {
+                    alarm_at: judge::alarm_at(
+                        self.rollout.analysis.false_rollback_probability,
+                        self.rollout.alpha_share(kpi),
+                        self.rollout.stages.len(),
+                        stage.attempt,
+                    ),
+                    kpi: kpi.clone(),
+                    arms: arms.clone(),
+                    preflight: learned(&self.status, kpi, track).cloned(),
+                    step,
+                    bake: i64::try_from(planned.duration.as_secs()).unwrap_or(i64::MAX) / step,
+                };
+                if let Some(told) = trial.foretold()
+                    && (told.falls_short() || told.detectable.is_none_or(|ratio| ratio > 10.0))
+                {
+                    let catch = told.detectable.map_or_else(
+                        || "no change, however large".to_owned(),
+                        |ratio| format!("no change below {ratio:.0}-fold"),
+                    );
+                    little.push(format!(
+                        "{} in stage {}: about {:.0} canary requests are to come in {}, which can show {catch}{}",
+                        kpi.name,
+                        planned.name,
+                        told.requests,
+                        planned.duration,
+                        if told.falls_short() {
+                            format!("; {:.0} are needed to pass", told.wanted)
+                        } else {
+                            String::new()
+                        }
+                    ));
+                }
+            }
+        }
+        if let Some(stage) = &mut self.status.stage {
+            stage.foretold = true;
+        }
+        if !little.is_empty() {
+            let remedy =
+                "longer stages, more traffic, more replicas or a larger minimumEffect would show more";
+            self.decide(What::Warned, format!("{}; {remedy}", little.join("; ")));
+        }
     }
 
     /// What Kubernetes itself tells against the candidate, and not as much against what it is compared with.
@@ -1084,7 +1517,7 @@ impl Machine<'_> {
         let next_tick = Timestamp::from_second(next_tick).unwrap_or(self.now + POLL);
         match stage.step {
             Step::Deploying | Step::Promoting | Step::Restoring => self.now + POLL,
-            Step::WarmingUp => evidence_from(self.rollout, stage)
+            Step::WarmingUp => evidence_from(self.rollout, stage, None)
                 .and_then(|from| Timestamp::from_second(from).ok())
                 .unwrap_or(next_tick)
                 .max(self.now),

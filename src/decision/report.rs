@@ -8,11 +8,15 @@ use k8s_openapi::{
 };
 
 use super::{
+    judge::pooled,
     render::Variant,
     resolve::{Place, Refusal, Rollout},
     snapshot::Snapshot,
 };
-use crate::api::{KpiStatus, OptimizationState, Phase, RolloutStatus, Step, Verdict};
+use crate::api::{
+    Benefit, Change, Expect, KpiStatus, OptimizationState, Phase, RolloutStatus, StageChange, Step, Track,
+    Verdict,
+};
 
 /// Ticks between two checkpoints of the evidence in status: 5 minutes at the default interval.
 const CHECKPOINT_TICKS: i64 = 20;
@@ -157,6 +161,74 @@ fn nearness(kpi: &KpiStatus) -> i64 {
     }
 }
 
+/// Why a promised benefit is missed: the whole interval of what was measured falls short of it. `None` while it may be kept.
+pub fn missed(expect: &Expect, known: &KpiStatus) -> Option<String> {
+    let change = known.change?;
+    let short = match expect.change < 0.0 {
+        true => change.low > expect.change,
+        false => change.high < expect.change,
+    };
+    short.then(|| format!("{} was promised, {} was measured", percent(expect.change), described(change)))
+}
+
+/// Such as `-38 % (-41 to -35)`.
+pub fn described(change: Change) -> String {
+    let number = |share: f64| format!("{:+.0}", 100.0 * share);
+    format!("{} ({} to {})", percent(change.estimate), number(change.low), number(change.high))
+}
+
+fn percent(share: f64) -> String {
+    format!("{:+.0} %", 100.0 * share)
+}
+
+/// Notes a stage's measurement of a KPI's change, in the place of an earlier one of the same stage. Measurements with other
+/// optimizations on are of something else and are dropped.
+pub fn credit(
+    benefits: &mut Vec<Benefit>,
+    kpi: &str,
+    optimizations: Vec<String>,
+    stage: &str,
+    track: Track,
+    change: Change,
+) {
+    let mut stages = match benefits.iter().position(|known| known.kpi == kpi) {
+        Some(at) => {
+            let known = benefits.remove(at);
+            if known.optimizations == optimizations { known.stages } else { vec![] }
+        }
+        None => vec![],
+    };
+    stages.retain(|known| known.stage != stage);
+    stages.push(StageChange { stage: stage.to_owned(), track, change });
+    let overall = pooled(&stages).unwrap_or(change);
+    benefits.push(Benefit { kpi: kpi.to_owned(), optimizations, stages, overall });
+}
+
+/// Tells each optimization what it alone has brought.
+pub fn benefits(status: &mut RolloutStatus) {
+    for optimization in &mut status.optimizations {
+        let own =
+            status.benefits.iter().filter(|benefit| benefit.optimizations == [optimization.name.clone()]);
+        let told: Vec<_> =
+            own.map(|benefit| format!("{} {}", benefit.kpi, described(benefit.overall))).collect();
+        optimization.benefit = told.join(", ");
+    }
+}
+
+/// What the pass has brought, for its last decision: by optimization, and jointly where it cannot be told apart.
+pub fn brought(status: &RolloutStatus) -> String {
+    let told: Vec<_> = status
+        .benefits
+        .iter()
+        .map(|benefit| {
+            let jointly = if benefit.optimizations.len() > 1 { " jointly" } else { "" };
+            let by = benefit.optimizations.join(", ");
+            format!("{} {} by {by}{jointly}", benefit.kpi, described(benefit.overall))
+        })
+        .collect();
+    if told.is_empty() { String::new() } else { format!("; measured: {}", told.join("; ")) }
+}
+
 /// Whether a status is worth a write: something that users or a restart depend on has changed, or the evidence has run
 /// `CHECKPOINT_TICKS` ahead of what is stored. Ticks alone cause no writes.
 pub fn worth_writing(stored: &RolloutStatus, new: &RolloutStatus, step: i64) -> bool {
@@ -182,11 +254,17 @@ fn without_ticks(status: &RolloutStatus) -> RolloutStatus {
             name: std::mem::take(&mut kpi.name),
             owner: kpi.owner.take(),
             verdict: kpi.verdict,
+            reason: kpi.reason,
+            since: kpi.since.take(),
             message: String::new(),
             canary: None,
             baseline: None,
+            change: None,
             log_evidence: None,
             alarm_at: None,
+            tolerated: None,
+            detectable: None,
+            doubling_found_in: None,
             evidence: None,
         };
     }

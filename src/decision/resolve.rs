@@ -8,10 +8,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use synthex_runtime::config::Config;
 
-use super::{
-    judge::{Kpi, Test},
-    replicas,
-};
+use super::{judge::Kpi, replicas};
 use crate::api::{
     Analysis, Approval, Comparison, DeletionPolicy, Duration, ErrorRatio, Object, OptimizationRollout,
     Staging,
@@ -132,9 +129,14 @@ impl Rollout {
             .chain(self.optimizations.iter().filter(|o| on.contains(&o.name)).flat_map(|o| &o.kpis))
     }
 
-    /// Number of KPIs over which alpha is spent: all of them, whichever are on, so that it is fixed at the start.
-    pub fn kpi_count(&self) -> usize {
-        self.shared.len() + self.optimizations.iter().map(|o| o.kpis.len()).sum::<usize>()
+    /// Every KPI, whichever optimizations are on.
+    pub fn all_kpis(&self) -> impl Iterator<Item = &Kpi> {
+        self.shared.iter().chain(self.optimizations.iter().flat_map(|o| &o.kpis))
+    }
+
+    /// A KPI's share of the false-rollback probability: that among all KPIs, whichever are on, so that it is fixed at the start.
+    pub fn alpha_share(&self, kpi: &Kpi) -> f64 {
+        kpi.share_among(self.all_kpis())
     }
 
     /// The runtime's configuration with the optimizations `on`, as the file that the pods mount.
@@ -235,16 +237,18 @@ fn optimization(api: &crate::api::Optimization) -> Result<Optimization, Refusal>
         }
         None => Value::Object(api.config.clone()),
     };
-    let kpis = match &api.kpis {
-        Some(kpis) => kpis.clone(),
-        None => bundled_kpis(&api.name),
-    };
+    let kpis = owned_kpis(api);
     Ok(Optimization {
         name: api.name.clone(),
         config_hash: hash(&patch.to_string()),
         patch,
         kpis: kpis.iter().map(|kpi| resolve_kpi(kpi, Some(&api.name))).collect::<Result<_, _>>()?,
     })
+}
+
+/// The KPIs under an optimization: the user's, or else the bundled ones of its name.
+pub fn owned_kpis(api: &crate::api::Optimization) -> Vec<crate::api::Kpi> {
+    api.kpis.clone().unwrap_or_else(|| bundled_kpis(&api.name))
 }
 
 /// What switches a bundled optimization on, below `optimizations.<name>` of the runtime's configuration.
@@ -257,18 +261,84 @@ fn bundled(name: &str) -> Option<Value> {
     }
 }
 
-/// KPIs that a bundled optimization alone can move. Memory and monitoring cannot move an error rate of their own.
+/// KPIs that a bundled optimization alone can move, with the benefits that the seed promises. Which can move which is measured; see
+/// the runtime's README. Memory and monitoring cannot move an error rate of their own.
 fn bundled_kpis(name: &str) -> Vec<crate::api::Kpi> {
+    use crate::api::{Expect, Gauge, Kpi, OnMiss, Threshold};
+    let promised = |change: f64| Some(Expect { change, on_miss: OnMiss::Warn });
+    let gauge = |name: &str, query: &str, change: f64| Kpi {
+        gauge: Some(Gauge::new(query)),
+        expect: promised(change),
+        ..Kpi::named(name).secondary()
+    };
+    // Since the start of the pod: points are so rare that a rate over minutes would be none most of the time.
+    let per_second = |counter: &str| {
+        format!(
+            "sum by (pod) ({counter}{{$arm}}) / sum by (pod) (time() - process_start_time_seconds{{$arm}})"
+        )
+    };
     match name {
-        "connections" => vec![crate::api::Kpi {
-            name: "upstream-errors".into(),
-            required: true,
-            error_ratio: Some(ErrorRatio::new(
-                r#"synthex_runtime_upstream_requests_total{$arm,outcome!="ok"}"#,
-                "synthex_runtime_upstream_requests_total{$arm}",
-            )),
-            threshold: None,
-        }],
+        "memory" => vec![
+            gauge("memory", "sum by (pod) (process_resident_memory_bytes{$arm})", -0.35),
+            gauge(
+                "allocations",
+                "sum by (pod) (rate(synthex_runtime_allocator_allocations_total{$arm}[$window])) / sum by (pod) (rate(synthex_runtime_queries_total{$arm}[$window]))",
+                -0.70,
+            ),
+            Kpi {
+                error_ratio: Some(ErrorRatio {
+                    minimum_effect: 0.02,
+                    ..ErrorRatio::new(
+                        r#"synthex_runtime_cache_requests_total{$arm,result="miss"}"#,
+                        "synthex_runtime_cache_requests_total{$arm}",
+                    )
+                }),
+                ..Kpi::named("cache-misses").secondary()
+            },
+            Kpi {
+                observe_only: true,
+                threshold: Some(Threshold {
+                    query: r#"sum(synthex_runtime_pool_acquired_total{$arm,result="hit"}) / sum(synthex_runtime_pool_acquired_total{$arm})"#.into(),
+                    max: None,
+                    min: Some(0.80),
+                    consecutive: 3,
+                }),
+                ..Kpi::named("pool-reuse").secondary()
+            },
+        ],
+        "connections" => vec![
+            Kpi {
+                error_ratio: Some(ErrorRatio::new(
+                    r#"synthex_runtime_upstream_requests_total{$arm,outcome!="ok"}"#,
+                    "synthex_runtime_upstream_requests_total{$arm}",
+                )),
+                ..Kpi::named("upstream-errors")
+            },
+            Kpi {
+                error_ratio: Some(ErrorRatio {
+                    minimum_effect: 0.02,
+                    ..ErrorRatio::new(
+                        "synthex_runtime_upstream_connections_opened_total{$arm}",
+                        "synthex_runtime_upstream_requests_total{$arm}",
+                    )
+                }),
+                ..Kpi::named("new-connections").secondary()
+            },
+            gauge(
+                "open-connections",
+                "sum by (pod) (synthex_runtime_upstream_connections_open{$arm})",
+                -0.65,
+            ),
+            gauge(
+                "connection-wait",
+                "sum by (pod) (rate(synthex_runtime_upstream_acquire_seconds_sum{$arm}[$window])) / sum by (pod) (rate(synthex_runtime_upstream_acquire_seconds_count{$arm}[$window]))",
+                -0.30,
+            ),
+        ],
+        "monitoring" => vec![
+            gauge("data-points", &per_second("synthex_runtime_monitor_points_total"), -0.96),
+            gauge("monitoring-cpu", &per_second("synthex_runtime_monitor_cpu_seconds_total"), -0.80),
+        ],
         _ => vec![],
     }
 }
@@ -431,16 +501,6 @@ fn runnable_configs(rollout: &Rollout) -> Result<Config, Refusal> {
     Ok(base)
 }
 
-impl Kpi {
-    /// Canary requests after which the absence of events is evidence enough: 3 / minimum effect (rule of three).
-    pub fn minimum_requests(&self) -> Option<f64> {
-        match &self.test {
-            Test::ErrorRatio { minimum_effect, .. } => Some(3.0 / minimum_effect),
-            Test::Threshold { .. } => None,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -479,10 +539,24 @@ mod tests {
         let rollout = resolved(&[]).unwrap();
         assert_eq!((rollout.serving_port, rollout.admin_port), (8080, 9090));
         assert_eq!(rollout.image, "synthex-runtime:dev");
-        assert_eq!(rollout.kpi_count(), 2);
+        assert_eq!(rollout.all_kpis().count(), 13);
         let on = BTreeSet::from(["connections".to_owned()]);
         let names: Vec<_> = rollout.kpis(&on).map(|kpi| kpi.name.as_str()).collect();
-        assert_eq!(names, ["query-errors", "upstream-errors"]);
+        assert_eq!(
+            names,
+            [
+                "query-errors",
+                "query-latency",
+                "cpu-per-query",
+                "upstream-errors",
+                "new-connections",
+                "open-connections",
+                "connection-wait"
+            ]
+        );
+        let shares: f64 =
+            rollout.all_kpis().filter(|kpi| kpi.is_tested()).map(|kpi| rollout.alpha_share(kpi)).sum();
+        assert!((shares - 1.0).abs() < 1e-12);
     }
 
     #[test]
@@ -552,7 +626,7 @@ mod tests {
                 "a KPI that is nothing",
                 vec![("/kpis", json!([{"name": "k"}]))],
                 "InvalidKpi",
-                &["KPI k", "errorRatio or threshold"],
+                &["KPI k", "errorRatio, latency, gauge or threshold"],
             ),
             (
                 "a stage that is neither",

@@ -27,6 +27,8 @@ pub enum Verb {
     Abort(String),
     /// `rollback=<optimization>`.
     Rollback(String),
+    /// `retry=<optimization>`: one that was rolled back has a pass of its own.
+    Retry(String),
     /// `promote=<stage>` or `promote=force:<stage>`.
     Promote(String),
 }
@@ -38,6 +40,7 @@ impl Verb {
         match annotation {
             "synthex.io/abort" => Some(Self::Abort(value)),
             "synthex.io/rollback" => Some(Self::Rollback(value)),
+            "synthex.io/retry" => Some(Self::Retry(value)),
             "synthex.io/promote" => Some(Self::Promote(value)),
             _ => None,
         }
@@ -48,6 +51,7 @@ impl Verb {
         match self {
             Self::Abort(_) => "synthex.io/abort",
             Self::Rollback(_) => "synthex.io/rollback",
+            Self::Retry(_) => "synthex.io/retry",
             Self::Promote(_) => "synthex.io/promote",
         }
     }
@@ -59,6 +63,7 @@ impl fmt::Display for Verb {
         match self {
             Self::Abort(value) => write!(f, "abort={value}"),
             Self::Rollback(value) => write!(f, "rollback={value}"),
+            Self::Retry(value) => write!(f, "retry={value}"),
             Self::Promote(value) => write!(f, "promote={value}"),
         }
     }

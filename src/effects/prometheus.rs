@@ -247,8 +247,15 @@ fn matrix(reply: Reply, grid: Grid) -> Result<Samples, String> {
             result.len()
         ));
     }
-    let mut samples: Samples =
-        result.into_iter().map(|range| series(range, grid)).collect::<Result<_, String>>()?;
+    let mut samples: Samples = vec![];
+    for range in result {
+        samples.extend(series(range, grid)?);
+        if samples.len() > MAX_SERIES {
+            return Err(format!(
+                "the answer's histograms have more than {MAX_SERIES} buckets: narrow the selectors, or aggregate labels away"
+            ));
+        }
+    }
     samples.sort_unstable_by(|a, b| a.key().cmp(&b.key()));
     match samples.windows(2).find(|pair| pair[0].key() == pair[1].key()) {
         Some(twins) => Err(format!(
@@ -263,12 +270,33 @@ fn other(kind: &str) -> String {
     format!("the answer to a range query is {kind}, not a matrix: is this the address of Prometheus itself?")
 }
 
-fn series(range: Range, grid: Grid) -> Result<Series, String> {
-    if range.histograms.is_some() {
-        return Err("the query gives native histograms, and counters or plain values are needed: use histogram_count(...)".to_owned());
+/// The series of one range: itself, or the buckets of a native histogram, each as a series of its own.
+fn series(range: Range, grid: Grid) -> Result<Samples, String> {
+    if range.histograms.is_empty() {
+        let values = range.values.into_iter().map(|(time, Value(value))| (time, value));
+        let points = on_grid(values, grid)?;
+        return Ok(vec![Series::new(&range.metric, points)]);
     }
-    let mut points: Vec<(Tick, f64)> = Vec::with_capacity(range.values.len());
-    for (time, Value(value)) in range.values {
+    let histograms = on_grid(range.histograms, grid)?;
+    let points: Vec<_> = histograms
+        .into_iter()
+        .map(|(tick, histogram)| {
+            let mut buckets: Vec<(f64, f64)> = histogram
+                .buckets
+                .into_iter()
+                .map(|(_, _, Value(upper), Value(count))| (upper, count))
+                .collect();
+            buckets.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+            (tick, histogram.count.0, buckets)
+        })
+        .collect();
+    Ok(Series::of_native(&range.metric, &points))
+}
+
+/// Samples with the ticks of their times, rising.
+fn on_grid<T>(samples: impl IntoIterator<Item = (f64, T)>, grid: Grid) -> Result<Vec<(Tick, T)>, String> {
+    let mut points: Vec<(Tick, T)> = vec![];
+    for (time, value) in samples {
         let Some(tick) = grid.tick(time) else {
             return Err(format!(
                 "the answer has a sample at {time}, which was not asked for: is something between the operator and Prometheus \
@@ -284,7 +312,7 @@ fn series(range: Range, grid: Grid) -> Result<Series, String> {
             _ => points.push((tick, value)),
         }
     }
-    Ok(Series::new(&range.metric, points))
+    Ok(points)
 }
 
 /// What the HTTP API answers, of every kind.
@@ -320,7 +348,16 @@ struct Range {
     metric: BTreeMap<String, String>,
     #[serde(default)]
     values: Vec<(f64, Value)>,
-    histograms: Option<IgnoredAny>,
+    #[serde(default)]
+    histograms: Vec<(f64, Histogram)>,
+}
+
+/// A native histogram: the count of all values, and of those between two bounds (rule, lower, upper, count).
+#[derive(Deserialize)]
+struct Histogram {
+    count: Value,
+    #[serde(default)]
+    buckets: Vec<(IgnoredAny, IgnoredAny, Value, Value)>,
 }
 
 /// A value, which Prometheus writes as a string, since JSON has no NaN and no infinity.

@@ -116,7 +116,27 @@ impl Prometheus {
         }
         let times = query.starts_with("timestamp(");
         let upstream = query.contains("upstream_requests_total");
-        let errors_only = query.contains("outcome!=\"ok\"") || query.contains("outcome=~\"error|shed\"");
+        let errors_only =
+            ["outcome!=\"ok\"", "outcome=~\"error|shed\"", "result=\"miss\"", "connections_opened_total"]
+                .iter()
+                .any(|events| query.contains(events));
+        let counters = [
+            "queries_total{",
+            "upstream_requests_total{",
+            "connections_opened_total{",
+            "cache_requests_total{",
+        ];
+        let counted = !query.contains("sum") && counters.iter().any(|metric| query.contains(metric));
+        // Shares of all queries up to each bound of the histogram; a pod's gauge is its own, and of no interest.
+        let histogram = query.contains("query_duration_seconds_bucket{");
+        let shares: &[(&str, f64)] = match histogram {
+            true if times => &[("+Inf", 1.0)],
+            true => &[("0.1", 0.5), ("0.25", 0.93), ("1.0", 0.985), ("+Inf", 1.0)],
+            false => &[],
+        };
+        if query.contains("pool_acquired_total") {
+            return Answer::Series(vec![]);
+        }
         let deployments: Vec<&str> = query
             .split_once("pod=~\"(")
             .and_then(|(_, rest)| rest.split_once(')'))
@@ -144,7 +164,13 @@ impl Prometheus {
                 continue;
             }
             let (good, bad) = if upstream { (2, 3) } else { (0, 1) };
-            let wanted: &[usize] = if errors_only { &[bad] } else { &[good, bad] };
+            let wanted: &[usize] = match () {
+                () if histogram => &[good, good, good, good][..shares.len()],
+                () if !counted => &[good],
+                () if errors_only => &[bad],
+                () => &[good, bad],
+            };
+            let own = 100.0 + name.bytes().map(u64::from).sum::<u64>() as f64 % 10.0;
             let mut columns: Vec<Vec<(i64, f64)>> = vec![vec![]; wanted.len()];
             let mut tick = from;
             while tick <= until {
@@ -153,26 +179,42 @@ impl Prometheus {
                     && *at > tick - LOOKBACK
                     && !target.stale.iter().any(|stale| stale > at && *stale <= tick)
                 {
-                    for (column, index) in columns.iter_mut().zip(wanted) {
+                    for (number, (column, index)) in columns.iter_mut().zip(wanted).enumerate() {
                         if self.lazy && *index == bad && counters[bad] == 0 {
                             continue;
                         }
-                        column.push((tick, if times { *at as f64 } else { counters[*index] as f64 }));
+                        let value = match () {
+                            () if times => *at as f64,
+                            () if histogram => {
+                                ((counters[good] + counters[bad]) as f64 * shares[number].1).floor()
+                            }
+                            () if counted => counters[*index] as f64,
+                            () => own,
+                        };
+                        column.push((tick, value));
                     }
                 }
                 tick += step;
             }
-            for (points, index) in columns.into_iter().zip(wanted) {
-                if !points.is_empty() {
-                    let instance = format!("{name}:9090");
-                    answer.push(Series {
-                        labels: format!("{{instance={instance:?},outcome=\"{index}\",pod={name:?}}}"),
-                        pod: name.clone(),
-                        instance,
-                        job: "pods".to_owned(),
-                        points,
-                    });
+            for (number, (points, index)) in columns.into_iter().zip(wanted).enumerate() {
+                if points.is_empty() {
+                    continue;
                 }
+                let mut labels = BTreeMap::from([("pod", name.clone())]);
+                match () {
+                    () if histogram => {
+                        labels.insert("le", shares[number].0.to_owned());
+                    }
+                    () if counted => {
+                        labels.insert("outcome", index.to_string());
+                    }
+                    () => {}
+                }
+                if histogram || counted {
+                    labels.extend([("instance", format!("{name}:9090")), ("job", "pods".to_owned())]);
+                }
+                let labels = labels.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+                answer.push(Series::new(&labels, points));
             }
         }
         Answer::Series(answer)

@@ -80,6 +80,24 @@ pub fn scenario(kind: Kind, seed: u64) -> (Setup, Expect) {
     let mut spec = json!({
         "workload": {"runtime": {"replicas": n, "config": {
             "experts": [{"name": "alpha", "kind": "http", "url": "http://alpha:8000/query"}]}}},
+        // One KPI of each kind, and no more: a world pays for each at every tick.
+        "kpis": [
+            {"name": "query-errors", "errorRatio": {
+                "errors": "synthex_runtime_queries_total{$arm,outcome=~\"error|shed\"}",
+                "total": "synthex_runtime_queries_total{$arm}"}},
+            {"name": "query-latency", "latency": {"histogram": "synthex_runtime_query_duration_seconds_bucket{$arm}"}},
+        ],
+        "optimizations": [
+            {"name": "memory", "kpis": [
+                {"name": "memory", "required": false, "gauge": {"query": "process_resident_memory_bytes{$arm}"}},
+            ]},
+            {"name": "connections", "kpis": [
+                {"name": "upstream-errors", "errorRatio": {
+                    "errors": "synthex_runtime_upstream_requests_total{$arm,outcome!=\"ok\"}",
+                    "total": "synthex_runtime_upstream_requests_total{$arm}"}},
+            ]},
+            {"name": "monitoring", "kpis": []},
+        ],
         "stages": stages,
         "analysis": {"interval": format!("{interval}s"), "warmUp": format!("{}s", rng.range(0, 2) * 10)},
     });

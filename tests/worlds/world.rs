@@ -13,7 +13,7 @@ use synthex_operator::{
         Promotion, RolloutStatus, Step, Verdict, What,
     },
     decision::{
-        judge,
+        judge::{self, Trial},
         machine::{self, Plan},
         render::Variant,
         replicas::Replicas,
@@ -603,34 +603,48 @@ impl World {
         {
             status.kpis.clone_from(kpis);
         }
-        let Some(inquiry) = machine::inquiry(rollout, status, now) else { return status.kpis.clone() };
+        let mut unlearned = vec![];
+        for lesson in machine::lessons(rollout, status, now) {
+            let asked = lesson.queries().into_iter().map(|query| {
+                self.prometheus.range(&query, lesson.from(), lesson.until, lesson.block, self.now)
+            });
+            match lesson.learn(&asked.collect::<Vec<_>>()) {
+                Ok(Some(preflight)) => machine::learn(status, preflight),
+                Ok(None) => unlearned.push(machine::unlearned(&lesson.kpi, None)),
+                Err(health) => unlearned.push(machine::unlearned(&lesson.kpi, Some(&health))),
+            }
+        }
+        let Some(mut inquiry) = machine::inquiry(rollout, status, now) else { return status.kpis.clone() };
         self.pass_time();
-        let judged = self.ask(&inquiry);
+        inquiry.waiting.retain(|kpi| !unlearned.iter().any(|unlearned| unlearned.name == kpi.name));
+        let mut judged = self.ask(&inquiry);
+        judged.extend(inquiry.waiting);
+        judged.extend(unlearned);
         self.operator.evidence = Some((key, judged.clone()));
         judged
     }
 
     fn ask(&self, inquiry: &machine::Inquiry) -> Vec<KpiStatus> {
         inquiry
-            .kpis
+            .trials
             .iter()
-            .map(|(kpi, evidence)| {
+            .map(|(trial, evidence)| {
                 let mut evidence = evidence.clone();
                 let mut health = judge::AnswerHealth::Good;
-                let queries = judge::queries(kpi, &inquiry.arms);
-                let from = evidence.last_tick;
-                for (from, until) in judge::chunks(&inquiry.arms, from, inquiry.until, inquiry.step) {
+                let queries = trial.queries();
+                for (from, until) in
+                    judge::chunks(&trial.arms, evidence.last_tick, inquiry.until, inquiry.step)
+                {
                     let answers: Vec<_> = queries
                         .iter()
                         .map(|query| self.prometheus.range(query, from, until, inquiry.step, self.now))
                         .collect();
-                    (evidence, health) =
-                        judge::fold(kpi, &inquiry.arms, evidence, &answers, from, until, inquiry.step);
+                    (evidence, health) = trial.fold(evidence, &answers, from, until);
                     if evidence.last_tick < until {
                         break;
                     }
                 }
-                judge::judge(kpi, &inquiry.arms, &evidence, &health, inquiry.alarm_at)
+                trial.judge(&evidence, &health)
             })
             .collect()
     }
@@ -828,7 +842,7 @@ impl World {
             return self.violated(format!("I1: stage {} passes before anything could be judged", stage.name));
         };
         let judged = self.ask(&inquiry);
-        for ((kpi, _), found) in inquiry.kpis.iter().zip(&judged) {
+        for ((Trial { kpi, .. }, _), found) in inquiry.trials.iter().zip(&judged) {
             let bad = match found.verdict {
                 Verdict::Pass => false,
                 Verdict::Inconclusive => kpi.required && !forced,
@@ -852,9 +866,9 @@ impl World {
                 ));
             }
         }
-        let counted = inquiry.kpis.iter().zip(&judged);
+        let counted = inquiry.trials.iter().zip(&judged);
         let counted: Vec<_> =
-            counted.filter_map(|((kpi, _), found)| Some((kpi, found.evidence.as_ref()?))).collect();
+            counted.filter_map(|((trial, _), found)| Some((&trial.kpi, found.evidence.as_ref()?))).collect();
         let observed = judge::observed(counted, inquiry.step);
         let planned = rollout.stages.iter().find(|planned| planned.name == stage.name);
         let bake = planned.map_or(0, |planned| planned.duration.as_secs() as i64);

@@ -3,16 +3,25 @@
 //! Pure: no client, no clock. The same functions run live, after a restart and on recorded samples, and give the same evidence
 //! to the last bit. May use [`crate::api`] for the types of the status, and nothing else of the operator.
 
+mod counters;
+mod eprocess;
+mod gauge;
+mod power;
+mod preflight;
 mod query;
-mod ratio;
 mod samples;
+mod share;
 mod threshold;
 
-use crate::api::{self, Evidence, KpiStatus, Verdict};
+use serde::{Deserialize, Serialize};
 
-pub use query::{excerpt, queries, quote};
-pub use ratio::{HETEROGENEITY, alarm_at, effective_tolerance};
-pub use samples::{Answer, Samples, Series};
+use crate::api::{self, Cause, Change, Direction, Duration, Evidence, Expect, KpiStatus, Preflight, Verdict};
+
+pub use eprocess::{alarm_at, effective_tolerance};
+pub use power::pooled;
+pub use preflight::{CAUTIOUS, LEAST, Lesson, beginning};
+pub use query::{excerpt, quote};
+pub use samples::{Answer, Bucket, NativePoint, Samples, Series};
 
 /// Unix time in whole seconds; on the grid it is a multiple of the analysis interval.
 pub type Tick = i64;
@@ -29,6 +38,14 @@ pub struct Kpi {
     pub owner: Option<String>,
     /// Whether a stage can pass only with proof from this KPI.
     pub required: bool,
+    /// Whether it is only shown.
+    pub observe_only: bool,
+    /// Its part of the false-rollback probability, relative to the others'.
+    pub weight: f64,
+    /// Warm-up of its own.
+    pub warm_up: Option<Duration>,
+    /// The benefit that was promised.
+    pub expect: Option<Expect>,
     /// What is read and which answer is a regression.
     pub test: Test,
 }
@@ -46,6 +63,24 @@ pub enum Test {
         tolerance: f64,
         /// Smallest difference of the two error rates that matters, as a share of requests; more than 0.
         minimum_effect: f64,
+    },
+    /// Slow requests among all, canary against baseline, on the buckets of a histogram.
+    Latency {
+        /// PromQL of the histogram, with `$arm`.
+        histogram: String,
+        /// Ratio of the two shares that is still called equal; 1 or more.
+        tolerance: f64,
+        /// Smallest difference of the two shares above the lower bound that matters; more than 0.
+        minimum_effect: f64,
+    },
+    /// One value per pod, canary against baseline.
+    Gauge {
+        /// PromQL of one series per pod, with `$arm`.
+        query: String,
+        /// Which way is better.
+        direction: Direction,
+        /// Relative change for the worse that is still called equal; 0 or more.
+        tolerance: f64,
     },
     /// An absolute bound on a single value.
     Threshold {
@@ -68,7 +103,7 @@ pub enum Bound {
 }
 
 /// The pods of one side of a comparison.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Arm {
     /// Name of the Deployment.
     pub deployment: String,
@@ -77,7 +112,7 @@ pub struct Arm {
 }
 
 /// The two sides of a comparison, in one namespace.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Arms {
     /// Namespace of the pods.
     pub namespace: String,
@@ -85,6 +120,23 @@ pub struct Arms {
     pub canary: Arm,
     /// The pods without. Where there are none, error ratios cannot be judged; thresholds can.
     pub baseline: Option<Arm>,
+}
+
+/// One KPI in one attempt at a stage: all that is fixed before its first sample is looked at.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trial {
+    /// The KPI.
+    pub kpi: Kpi,
+    /// The pods that are compared.
+    pub arms: Arms,
+    /// What was learned of the KPI; absent for a threshold.
+    pub preflight: Option<Preflight>,
+    /// Log evidence at which the KPI alarms, from [`alarm_at`].
+    pub alarm_at: f64,
+    /// Spacing of the grid, in seconds.
+    pub step: i64,
+    /// Ticks of the stage's bake.
+    pub bake: i64,
 }
 
 /// What could be read, besides the evidence, from the answers to one round of queries.
@@ -95,9 +147,9 @@ pub enum AnswerHealth {
     /// As good, with a remark for the message.
     Remark(String),
     /// An answer that tells nothing at the last tick: stale samples, or a value that is no number.
-    Blind(String),
+    Blind(Cause, String),
     /// Prometheus answers, but holds nothing for these pods. Says which and what to check.
-    NoData(String),
+    NoData(Cause, String),
     /// Prometheus does not answer. The evidence is unchanged.
     Down(String),
     /// Prometheus answers in a form that cannot be judged. Says what to change. The evidence is unchanged.
@@ -111,35 +163,34 @@ impl Kpi {
     /// Says what is wrong and how to mend it. The API server refuses the same faults, so that this is a second line of defence.
     pub fn resolve(api: &api::Kpi, owner: Option<&str>) -> Result<Self, String> {
         let name = &api.name;
-        let test = match (&api.error_ratio, &api.threshold) {
-            (Some(ratio), None) => {
-                for (field, query) in [("errors", &ratio.errors), ("total", &ratio.total)] {
-                    if !query.contains(query::ARM) {
-                        return Err(format!(
-                            "KPI {name}: errorRatio.{field} must contain $arm, as in http_requests_total{{$arm}}; it is {query:?}"
-                        ));
-                    }
-                }
-                if !(1.0..=10.0).contains(&ratio.tolerance) {
-                    return Err(format!(
-                        "KPI {name}: errorRatio.tolerance must be from 1 to 10, not {}",
-                        ratio.tolerance
-                    ));
-                }
-                if !(0.00001..=0.5).contains(&ratio.minimum_effect) {
-                    return Err(format!(
-                        "KPI {name}: errorRatio.minimumEffect must be from 0.00001 to 0.5, not {}",
-                        ratio.minimum_effect
-                    ));
-                }
-                Test::ErrorRatio {
-                    errors: ratio.errors.clone(),
-                    total: ratio.total.clone(),
-                    tolerance: ratio.tolerance,
-                    minimum_effect: ratio.minimum_effect,
-                }
-            }
-            (None, Some(threshold)) => {
+        let with_arm = |field: &str, query: &str| match query.contains(query::ARM) {
+            true => Ok(query.to_owned()),
+            false => Err(format!(
+                "KPI {name}: {field} must contain $arm, as in http_requests_total{{$arm}}; it is {query:?}"
+            )),
+        };
+        let within = |field: &str, value: f64, least: f64, most: f64| match (least..=most).contains(&value) {
+            true => Ok(value),
+            false => Err(format!("KPI {name}: {field} must be from {least} to {most}, not {value}")),
+        };
+        let test = match (&api.error_ratio, &api.latency, &api.gauge, &api.threshold) {
+            (Some(ratio), None, None, None) => Test::ErrorRatio {
+                errors: with_arm("errorRatio.errors", &ratio.errors)?,
+                total: with_arm("errorRatio.total", &ratio.total)?,
+                tolerance: within("errorRatio.tolerance", ratio.tolerance, 1.0, 10.0)?,
+                minimum_effect: within("errorRatio.minimumEffect", ratio.minimum_effect, 0.00001, 0.5)?,
+            },
+            (None, Some(latency), None, None) => Test::Latency {
+                histogram: with_arm("latency.histogram", &latency.histogram)?,
+                tolerance: within("latency.tolerance", latency.tolerance, 1.0, 10.0)?,
+                minimum_effect: within("latency.minimumEffect", latency.minimum_effect, 0.00001, 0.5)?,
+            },
+            (None, None, Some(gauge), None) => Test::Gauge {
+                query: with_arm("gauge.query", &gauge.query)?,
+                direction: gauge.direction,
+                tolerance: within("gauge.tolerance", gauge.tolerance, 0.0, 10.0)?,
+            },
+            (None, None, None, Some(threshold)) => {
                 let bound = match (threshold.max, threshold.min) {
                     (Some(max), None) if max.is_finite() => Bound::Max(max),
                     (None, Some(min)) if min.is_finite() => Bound::Min(min),
@@ -154,9 +205,41 @@ impl Kpi {
                 }
                 Test::Threshold { query: threshold.query.clone(), bound, consecutive }
             }
-            _ => return Err(format!("KPI {name} must be exactly one of errorRatio or threshold")),
+            _ => {
+                return Err(format!(
+                    "KPI {name} must be exactly one of errorRatio, latency, gauge or threshold"
+                ));
+            }
         };
-        Ok(Self { name: name.clone(), owner: owner.map(str::to_owned), required: api.required, test })
+        if matches!(test, Test::Threshold { .. }) && api.expect.is_some() {
+            return Err(format!(
+                "KPI {name}: expect needs a comparison with the baseline, which a threshold is not: use errorRatio, latency or gauge"
+            ));
+        }
+        if let Some(expect) = &api.expect {
+            within("expect.change", expect.change, -1.0, 10.0)?;
+        }
+        Ok(Self {
+            name: name.clone(),
+            owner: owner.map(str::to_owned),
+            required: api.required && !api.observe_only,
+            observe_only: api.observe_only,
+            weight: within("alphaWeight", api.alpha_weight, 0.01, 100.0)?,
+            warm_up: api.warm_up,
+            expect: api.expect.clone(),
+            test,
+        })
+    }
+
+    /// Whether the KPI is a statistical test, which spends a part of the false-rollback probability, and not an absolute bound.
+    pub fn is_tested(&self) -> bool {
+        !matches!(self.test, Test::Threshold { .. })
+    }
+
+    /// Its share of the false-rollback probability: its weight among those of all KPIs that are tested and may act.
+    pub fn share_among<'a>(&self, all: impl Iterator<Item = &'a Self>) -> f64 {
+        let spending = all.filter(|kpi| kpi.is_tested() && !kpi.observe_only);
+        self.weight / spending.map(|kpi| kpi.weight).sum::<f64>().max(self.weight)
     }
 }
 
@@ -211,109 +294,275 @@ pub fn chunks(arms: &Arms, from: Tick, until: Tick, step: i64) -> impl Iterator<
     })
 }
 
-/// Folds the answers to [`queries`], asked for the ticks `from` to `until`, into the evidence.
-///
-/// `from` is the base of the first difference and is not judged itself; ticks that the evidence already holds are passed over, so
-/// that an answer that is read twice counts once. One call folds [`MAX_TICKS`] at most. Splitting a range at any tick gives the
-/// same evidence to the last bit. When an answer is missing or malformed the evidence comes back as it was, and
-/// the next call can begin at the same tick: nothing is lost by a Prometheus that was away.
-///
-/// To start afresh, give an evidence with `last_tick` and nothing else.
-pub fn fold(
-    kpi: &Kpi,
-    arms: &Arms,
-    evidence: Evidence,
-    answers: &[Answer],
-    from: Tick,
-    until: Tick,
-    step: i64,
-) -> (Evidence, AnswerHealth) {
-    let mut read = Vec::with_capacity(answers.len());
-    for answer in answers {
-        match answer {
-            Answer::Series(series) => read.push(series.as_slice()),
-            Answer::Down(why) => return (evidence, AnswerHealth::Down(why.clone())),
-            Answer::Malformed(why) => return (evidence, AnswerHealth::Malformed(why.clone())),
+impl Trial {
+    /// The shares of requests that are compared.
+    fn shares(&self) -> Vec<share::Share> {
+        let spread = |kind: usize| {
+            let learned = self.preflight.as_ref().and_then(|preflight| preflight.spread.get(kind));
+            learned.copied().unwrap_or(CAUTIOUS)
+        };
+        match self.kpi.test {
+            Test::ErrorRatio { tolerance, minimum_effect, .. } => {
+                vec![share::Share { tolerance, minimum_effect, spread: spread(0) }]
+            }
+            Test::Latency { tolerance, minimum_effect, .. } => {
+                let bounds = self.preflight.as_ref().map_or(0, |preflight| preflight.bounds.len());
+                // Fewer requests lie above the upper bound, so that a smaller difference matters there.
+                let effect = |kind: usize| if kind == 0 { minimum_effect } else { 0.4 * minimum_effect };
+                let share =
+                    |kind| share::Share { tolerance, minimum_effect: effect(kind), spread: spread(kind) };
+                (0..bounds.min(counters::KINDS)).map(share).collect()
+            }
+            Test::Gauge { .. } | Test::Threshold { .. } => vec![],
         }
     }
-    let step = step.max(1);
-    let grid = Grid { from, step, ticks: ((until - from) / step).clamp(0, MAX_TICKS) };
-    match (&kpi.test, arms.baseline.as_ref(), read.as_slice()) {
-        (Test::ErrorRatio { tolerance, minimum_effect, .. }, Some(baseline), &[errors, total, times]) => {
-            let ratio =
-                ratio::Ratio { kpi, arms, baseline, tolerance: *tolerance, minimum_effect: *minimum_effect };
-            ratio.fold(evidence, &ratio::Answers { errors, total, times }, grid)
+
+    /// The ratio of shares that is called equal between these arms.
+    fn tolerated(&self, share: &share::Share, baseline: &Arm) -> f64 {
+        effective_tolerance(share.tolerance, share.spread, self.arms.canary.pods, baseline.pods)
+    }
+
+    fn gauge<'a>(&'a self, baseline: &'a Arm) -> Option<gauge::Compared<'a>> {
+        match self.kpi.test {
+            Test::Gauge { direction, tolerance, .. } => {
+                Some(gauge::Compared { trial: self, direction, tolerance, baseline })
+            }
+            _ => None,
         }
-        (Test::ErrorRatio { .. }, None, _) => (
-            Evidence { last_tick: evidence.last_tick.max(grid.last()), ..evidence },
-            AnswerHealth::Blind("there is no baseline to compare with".to_owned()),
-        ),
-        (Test::Threshold { bound, consecutive, .. }, _, &[values]) => {
-            threshold::fold(kpi, arms, *bound, *consecutive, evidence, values, grid)
+    }
+
+    /// The evidence to go on from, of a trial whose evidence began at `from`: what is known, where it belongs to this trial. The sums
+    /// of a gauge are not stored, so that after a restart they are folded again from the beginning; an alarm stands.
+    pub fn resumed(&self, known: Option<Evidence>, from: Tick) -> Evidence {
+        let Some(known) = known else { return beginning(from) };
+        let fits = match self.kpi.test {
+            Test::ErrorRatio { .. } | Test::Latency { .. } => {
+                known.gauge.is_none() && [0, self.shares().len()].contains(&known.shares.len())
+            }
+            Test::Gauge { .. } => known.gauge.as_ref().is_some_and(|gauge| gauge.sums.is_some()),
+            Test::Threshold { .. } => known.gauge.is_none() && known.shares.is_empty(),
+        };
+        if fits && known.last_tick >= from {
+            return known;
         }
-        _ => (
-            evidence,
-            AnswerHealth::Malformed(format!(
-                "KPI {} got {} answers, not one for each of its queries",
-                kpi.name,
-                read.len()
-            )),
-        ),
+        let stands = known.gauge.filter(|_| matches!(self.kpi.test, Test::Gauge { .. }));
+        let gauge = stands.map(|gauge| api::GaugeEvidence { peak: gauge.peak, ..Default::default() });
+        Evidence { gauge, ..beginning(from) }
+    }
+
+    /// Folds the answers to [`Self::queries`], asked for the ticks `from` to `until`, into the evidence.
+    ///
+    /// `from` is the base of the first difference and is not judged itself; ticks that the evidence already holds are passed over, so
+    /// that an answer that is read twice counts once. One call folds [`MAX_TICKS`] at most. Splitting a range at any tick gives the
+    /// same evidence to the last bit. When an answer is missing or malformed the evidence comes back as it was, and
+    /// the next call can begin at the same tick: nothing is lost by a Prometheus that was away.
+    ///
+    /// To start afresh, give [`beginning`].
+    pub fn fold(
+        &self,
+        evidence: Evidence,
+        answers: &[Answer],
+        from: Tick,
+        until: Tick,
+    ) -> (Evidence, AnswerHealth) {
+        let mut read = Vec::with_capacity(answers.len());
+        for answer in answers {
+            match answer {
+                Answer::Series(series) => read.push(series.as_slice()),
+                Answer::Down(why) => return (evidence, AnswerHealth::Down(why.clone())),
+                Answer::Malformed(why) => return (evidence, AnswerHealth::Malformed(why.clone())),
+            }
+        }
+        if let Some(why) = self.misread(&read) {
+            let queries = self.queries();
+            let query = queries.first().map(|query| quote(query)).unwrap_or_default();
+            return (evidence, AnswerHealth::Malformed(format!("{why}; the query is {query}")));
+        }
+        let step = self.step.max(1);
+        let grid = Grid { from, step, ticks: ((until - from) / step).clamp(0, MAX_TICKS) };
+        match (&self.kpi.test, self.arms.baseline.as_ref(), read.as_slice()) {
+            (Test::ErrorRatio { .. }, Some(baseline), &[errors, total, times]) => {
+                let counters = counters::Counters { events: [errors, &[]], total, times };
+                share::fold(self, baseline, evidence, &counters, errors.is_empty(), grid)
+            }
+            (Test::Latency { .. }, Some(baseline), &[buckets, times]) => {
+                let bounds = self.preflight.iter().flat_map(|preflight| &preflight.bounds);
+                let bounds: Vec<f64> = bounds.filter_map(|text| text.parse().ok()).collect();
+                let (events, total) = counters::above(buckets, &bounds);
+                let counters = counters::Counters { events: [&events[0], &events[1]], total: &total, times };
+                share::fold(self, baseline, evidence, &counters, false, grid)
+            }
+            (Test::Gauge { .. }, Some(baseline), &[values]) => match self.gauge(baseline) {
+                Some(gauge) => gauge::fold(&gauge, evidence, values, grid),
+                None => (evidence, AnswerHealth::Good),
+            },
+            (Test::Threshold { bound, consecutive, .. }, _, &[values, ref rest @ ..]) if rest.len() < 2 => {
+                let reference = rest.first().copied().unwrap_or_default();
+                threshold::fold(self, *bound, *consecutive, evidence, values, reference, grid)
+            }
+            (_, None, _) => (
+                Evidence { last_tick: evidence.last_tick.max(grid.last()), ..evidence },
+                AnswerHealth::Blind(Cause::NoBaseline, "there is no baseline to compare with".to_owned()),
+            ),
+            _ => (
+                evidence,
+                AnswerHealth::Malformed(format!(
+                    "KPI {} got {} answers, not one for each of its queries",
+                    self.kpi.name,
+                    read.len()
+                )),
+            ),
+        }
+    }
+
+    /// What is wrong with series that are no histogram where one is wanted, or are one where counters or values are.
+    fn misread(&self, read: &[&[Series]]) -> Option<&'static str> {
+        let native = |series: &Series| series.bucket.as_ref().is_some_and(|bucket| bucket.native);
+        match (&self.kpi.test, read) {
+            (Test::Latency { .. }, [buckets, ..]) if buckets.iter().any(|series| series.bucket.is_none()) => {
+                Some(
+                    "the query gives series that are no buckets of a histogram (label le): name those that end in _bucket, or a native histogram",
+                )
+            }
+            (Test::Latency { .. }, _) => None,
+            (_, read) if read.iter().any(|series| series.iter().any(native)) => Some(
+                "the query gives native histograms, and counters or plain values are needed: use histogram_count(...)",
+            ),
+            _ => None,
+        }
+    }
+
+    /// The verdict, with its reasons in words and numbers.
+    ///
+    /// An alarm once reached stands, also when Prometheus has gone away since. Otherwise what cannot be seen does not pass.
+    pub fn judge(&self, evidence: &Evidence, health: &AnswerHealth) -> KpiStatus {
+        let finding = match (&self.kpi.test, self.arms.baseline.as_ref()) {
+            (Test::Threshold { bound, consecutive, .. }, _) => {
+                threshold::find(*bound, *consecutive, evidence)
+            }
+            (_, None) => Finding::without_baseline(),
+            (Test::Gauge { .. }, Some(baseline)) => match self.gauge(baseline) {
+                Some(gauge) => gauge::find(&gauge, evidence),
+                None => Finding::without_baseline(),
+            },
+            (_, Some(baseline)) => share::find(self, baseline, evidence),
+        };
+        let (verdict, reason, message) = match (finding.verdict, health) {
+            (verdict, AnswerHealth::Good) => (verdict, finding.reason, finding.message),
+            (
+                verdict @ Verdict::Fail,
+                AnswerHealth::Remark(why)
+                | AnswerHealth::Blind(_, why)
+                | AnswerHealth::NoData(_, why)
+                | AnswerHealth::Down(why)
+                | AnswerHealth::Malformed(why),
+            )
+            | (verdict, AnswerHealth::Remark(why)) => {
+                (verdict, finding.reason, format!("{}; {why}", finding.message))
+            }
+            (_, AnswerHealth::Blind(reason, why)) => (Verdict::Inconclusive, *reason, why.clone()),
+            (_, AnswerHealth::NoData(reason, why)) => (Verdict::NoData, *reason, why.clone()),
+            (_, AnswerHealth::Down(why)) => (Verdict::TelemetryDown, Cause::Unreachable, why.clone()),
+            (_, AnswerHealth::Malformed(why)) => (Verdict::TelemetryDown, Cause::Malformed, why.clone()),
+        };
+        let seconds = |ticks: f64| Duration::from_secs((ticks * self.step as f64).min(1e9).ceil() as u64);
+        KpiStatus {
+            name: self.kpi.name.clone(),
+            owner: self.kpi.owner.clone(),
+            verdict,
+            reason,
+            since: None,
+            message,
+            canary: finding.canary.map(rounded),
+            baseline: finding.baseline.map(rounded),
+            change: finding.change,
+            log_evidence: finding.log_evidence.map(rounded),
+            alarm_at: finding.log_evidence.map(|_| rounded(self.alarm_at)),
+            tolerated: finding.tolerated.map(rounded),
+            detectable: finding.detectable.map(rounded),
+            doubling_found_in: finding.doubling_ticks.map(seconds),
+            evidence: Some(evidence.clone()),
+        }
+    }
+
+    /// What this trial can show, before it begins: the smallest detectable ratio, and the canary requests that are to come, by the
+    /// rates of the pre-flight. `None` where there is nothing to foretell: a gauge, a threshold, or no traffic in the pre-flight.
+    pub fn foretold(&self) -> Option<Foretold> {
+        let preflight = self.preflight.as_ref()?;
+        let baseline = self.arms.baseline.as_ref()?;
+        let shares = self.shares();
+        let share = shares.first()?;
+        let seconds = (self.bake * self.step) as f64;
+        let requests = |pods: i32| preflight.rate.total * f64::from(pods) * seconds;
+        let (canary, base) = (requests(self.arms.canary.pods), requests(baseline.pods));
+        if canary <= 0.0 {
+            return None;
+        }
+        let seen = canary + base;
+        let events = preflight.rate.events / preflight.rate.total * seen;
+        let rates = power::Rates { canary, baseline: base, share: (events + 0.5) / (seen + 1.0) };
+        let r0 = self.tolerated(share, baseline);
+        let needed = self.alarm_at + (shares.len() as f64).ln();
+        Some(Foretold {
+            requests: canary,
+            wanted: (share::MINIMUM_REQUESTS / share.minimum_effect).ceil(),
+            events,
+            detectable: power::detectable(r0, share.minimum_effect, needed, rates),
+        })
+    }
+
+    /// The status of a KPI that could not be learned of yet, or warms up still.
+    pub fn waiting(kpi: &Kpi, health: &AnswerHealth) -> KpiStatus {
+        let trial = Self {
+            kpi: kpi.clone(),
+            arms: Arms { namespace: String::new(), canary: Arm::default(), baseline: None },
+            preflight: None,
+            alarm_at: 0.0,
+            step: 1,
+            bake: 0,
+        };
+        KpiStatus { evidence: None, ..trial.judge(&Evidence::default(), health) }
     }
 }
 
-/// The verdict on one KPI, with its reasons in words and numbers. `alarm_at` is ln(1/alpha), from [`alarm_at`].
-///
-/// An alarm once reached stands, also when Prometheus has gone away since. Otherwise what cannot be seen does not pass.
-pub fn judge(kpi: &Kpi, arms: &Arms, evidence: &Evidence, health: &AnswerHealth, alarm_at: f64) -> KpiStatus {
-    let finding = match &kpi.test {
-        Test::ErrorRatio { minimum_effect, .. } => ratio::find(arms, *minimum_effect, evidence, alarm_at),
-        Test::Threshold { bound, consecutive, .. } => threshold::find(*bound, *consecutive, evidence),
-    };
-    let (verdict, message) = match (finding.verdict, health) {
-        (verdict, AnswerHealth::Good) => (verdict, finding.message),
-        (
-            verdict @ Verdict::Fail,
-            AnswerHealth::Remark(why) | AnswerHealth::Blind(why) | AnswerHealth::NoData(why),
-        )
-        | (verdict @ Verdict::Fail, AnswerHealth::Down(why) | AnswerHealth::Malformed(why))
-        | (verdict, AnswerHealth::Remark(why)) => (verdict, format!("{}; {why}", finding.message)),
-        (_, AnswerHealth::Blind(why)) => (Verdict::Inconclusive, why.clone()),
-        (_, AnswerHealth::NoData(why)) => (Verdict::NoData, why.clone()),
-        (_, AnswerHealth::Down(why) | AnswerHealth::Malformed(why)) => (Verdict::TelemetryDown, why.clone()),
-    };
-    let ratio = matches!(kpi.test, Test::ErrorRatio { .. });
-    KpiStatus {
-        name: kpi.name.clone(),
-        owner: kpi.owner.clone(),
-        verdict,
-        message,
-        canary: finding.canary.map(rounded),
-        baseline: finding.baseline.map(rounded),
-        log_evidence: ratio.then(|| rounded(ratio::log_evidence(evidence))),
-        alarm_at: ratio.then(|| rounded(alarm_at)),
-        evidence: Some(evidence.clone()),
+/// What a trial is expected to show.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Foretold {
+    /// Canary requests in the whole stage.
+    pub requests: f64,
+    /// Canary requests that prove the absence of harm where there are no events.
+    pub wanted: f64,
+    /// Events in both arms in the whole stage.
+    pub events: f64,
+    /// Smallest ratio that is found with a probability of 80 %.
+    pub detectable: Option<f64>,
+}
+
+impl Foretold {
+    /// Whether the stage will lack the evidence without which it cannot pass.
+    pub fn falls_short(&self) -> bool {
+        self.requests < self.wanted && self.events < 5.0
     }
 }
 
 /// Bake time counted so far, in seconds: the fewest fresh ticks of any required KPI, times the interval.
 ///
-/// Error ratios count where there is a required one, since only they say how old a sample is; otherwise thresholds. Where nothing
-/// is required the KPI with the most fresh ticks counts: the clock then only shows that Prometheus holds data.
+/// Error ratios and latencies count where there is a required one, since only they say how old a sample is; otherwise the others.
+/// Where nothing is required the KPI with the most fresh ticks counts: the clock then only shows that Prometheus holds data.
 pub fn observed<'a>(kpis: impl IntoIterator<Item = (&'a Kpi, &'a Evidence)>, step: i64) -> i64 {
-    let (mut ratios, mut thresholds, mut optional): (Option<i64>, Option<i64>, i64) = (None, None, 0);
+    let (mut timed, mut untimed, mut optional): (Option<i64>, Option<i64>, i64) = (None, None, 0);
     for (kpi, Evidence { fresh_ticks, .. }) in kpis {
         let fewest = match kpi.test {
             _ if !kpi.required => {
                 optional = optional.max(*fresh_ticks);
                 continue;
             }
-            Test::ErrorRatio { .. } => &mut ratios,
-            Test::Threshold { .. } => &mut thresholds,
+            Test::ErrorRatio { .. } | Test::Latency { .. } => &mut timed,
+            Test::Gauge { .. } | Test::Threshold { .. } => &mut untimed,
         };
         *fewest = Some(fewest.map_or(*fresh_ticks, |fewest| fewest.min(*fresh_ticks)));
     }
-    ratios.or(thresholds).unwrap_or(optional) * step
+    timed.or(untimed).unwrap_or(optional) * step
 }
 
 /// A stretch of ticks: `from`, the base, has index 0, and `ticks` ticks follow.
@@ -349,9 +598,32 @@ impl Grid {
 /// What the evidence says, before the health of the answers is weighed.
 struct Finding {
     verdict: Verdict,
+    reason: Cause,
     message: String,
     canary: Option<f64>,
     baseline: Option<f64>,
+    change: Option<Change>,
+    log_evidence: Option<f64>,
+    tolerated: Option<f64>,
+    detectable: Option<f64>,
+    doubling_ticks: Option<f64>,
+}
+
+impl Finding {
+    fn without_baseline() -> Self {
+        Self {
+            verdict: Verdict::Inconclusive,
+            reason: Cause::NoBaseline,
+            message: "there is no baseline to compare with".to_owned(),
+            canary: None,
+            baseline: None,
+            change: None,
+            log_evidence: None,
+            tolerated: None,
+            detectable: None,
+            doubling_ticks: None,
+        }
+    }
 }
 
 /// Six significant digits: enough for a reader, and a status that does not change in its last digit for nothing.

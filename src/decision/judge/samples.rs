@@ -16,9 +16,28 @@ pub struct Series {
     pub job: String,
     /// All labels in their canonical form: sorted by name, quoted.
     pub labels: String,
+    /// Where the series is one bucket of a histogram.
+    pub bucket: Option<Bucket>,
     /// Times on the grid, rising, each with its value as Prometheus gave it.
     pub points: Vec<(Tick, f64)>,
 }
+
+/// One bucket of a histogram: how many values were no larger than a bound.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bucket {
+    /// The bound: label `le`.
+    pub le: f64,
+    /// The bound as the label has it.
+    pub text: String,
+    /// The other labels, in their canonical form: the histogram to which the bucket belongs.
+    pub histogram: String,
+    /// Whether it was read from a native histogram, whose series have no label `le`.
+    pub native: bool,
+}
+
+/// A sample of a native histogram: its time, the count of all values and, by rising upper bound, the values up to it and above the
+/// bound before.
+pub type NativePoint = (Tick, f64, Vec<(f64, f64)>);
 
 /// The series of one answer.
 pub type Samples = Vec<Series>;
@@ -38,17 +57,51 @@ impl Series {
     /// A series from its labels and its points.
     pub fn new(labels: &BTreeMap<String, String>, points: Vec<(Tick, f64)>) -> Self {
         let label = |name| labels.get(name).cloned().unwrap_or_default();
-        let mut canonical = String::from("{");
-        for (name, value) in labels {
-            // Writing to a String cannot fail.
-            let _ = write!(canonical, "{}{name}={value:?}", if canonical.len() > 1 { "," } else { "" });
-        }
-        canonical.push('}');
-        Self { pod: label("pod"), instance: label("instance"), job: label("job"), labels: canonical, points }
+        let bucket = labels.get("le").and_then(|text| {
+            let le: f64 = text.parse().ok().filter(|le: &f64| !le.is_nan())?;
+            let histogram = canonical(labels.iter().filter(|(name, _)| *name != "le"));
+            Some(Bucket { le, text: text.clone(), histogram, native: false })
+        });
+        let (pod, instance, job) = (label("pod"), label("instance"), label("job"));
+        Self { pod, instance, job, labels: canonical(labels), bucket, points }
+    }
+
+    /// The buckets of a native histogram as the series of a classic one, up to `le="+Inf"`.
+    pub fn of_native(labels: &BTreeMap<String, String>, points: &[NativePoint]) -> Samples {
+        let mut bounds: Vec<f64> =
+            points.iter().flat_map(|(_, _, buckets)| buckets.iter().map(|(bound, _)| *bound)).collect();
+        bounds.sort_by(f64::total_cmp);
+        bounds.dedup();
+        bounds.retain(|bound| bound.is_finite());
+        bounds.push(f64::INFINITY);
+        let histogram = canonical(labels);
+        let series = |le: f64| {
+            let up_to = |count: f64, buckets: &[(f64, f64)]| match le.is_finite() {
+                true => buckets.iter().take_while(|(bound, _)| *bound <= le).map(|(_, values)| values).sum(),
+                false => count,
+            };
+            let points = points.iter().map(|(time, count, buckets)| (*time, up_to(*count, buckets)));
+            let text = if le.is_finite() { le.to_string() } else { "+Inf".to_owned() };
+            let mut labels = labels.clone();
+            labels.insert("le".to_owned(), text.clone());
+            let bucket = Some(Bucket { le, text, histogram: histogram.clone(), native: true });
+            Self { bucket, ..Self::new(&labels, points.collect()) }
+        };
+        bounds.into_iter().map(series).collect()
     }
 
     /// The order in which series are summed, so that sums do not depend on the order of an answer.
     pub fn key(&self) -> (&str, &str, &str) {
         (&self.pod, &self.instance, &self.labels)
     }
+}
+
+fn canonical<'a>(labels: impl IntoIterator<Item = (&'a String, &'a String)>) -> String {
+    let mut canonical = String::from("{");
+    for (name, value) in labels {
+        // Writing to a String cannot fail.
+        let _ = write!(canonical, "{}{name}={value:?}", if canonical.len() > 1 { "," } else { "" });
+    }
+    canonical.push('}');
+    canonical
 }

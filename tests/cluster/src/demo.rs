@@ -7,7 +7,7 @@ use crate::images;
 use crate::lifecycle::{down, up};
 use crate::paths::Profile;
 use crate::progress::step;
-use crate::story;
+use crate::story::{self, Then};
 
 /// Brings the node up with the product's images, installs the operator, and tells the story. With `keep` the cluster stays up.
 ///
@@ -40,7 +40,7 @@ pub fn install(cluster: &Cluster) -> Result<()> {
 
 /// The quickstart, live in the terminal, and what must hold at its end.
 fn story(cluster: &Cluster) -> Result<()> {
-    let account = story::tell(cluster, &story::quickstart()?, |_| Ok(()))?;
+    let account = story::tell(cluster, &story::quickstart()?, |_| Ok(Then::GoesOn))?;
     story::check_harmful(cluster, &account)?;
     println!();
     println!("connections was rolled back and the rest completed:");
@@ -51,6 +51,19 @@ fn story(cluster: &Cluster) -> Result<()> {
         println!(
             "  its configuration was off on every canary pod {:.2} s after the decision",
             after.as_secs_f64()
+        );
+    }
+    for benefit in account.rollout["status"]["benefits"].as_array().into_iter().flatten() {
+        let number = |field: &str| 100.0 * benefit["overall"][field].as_f64().unwrap_or_default();
+        println!(
+            "  {} {:+.0} % ({:+.0} to {:+.0}) by {}",
+            benefit["kpi"].as_str().unwrap_or_default(),
+            number("estimate"),
+            number("low"),
+            number("high"),
+            benefit["optimizations"].as_array().map_or_else(String::new, |all| {
+                all.iter().filter_map(|name| name.as_str()).collect::<Vec<_>>().join(", ")
+            })
         );
     }
     println!(

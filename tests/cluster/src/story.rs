@@ -19,6 +19,36 @@ pub const ROLLOUT: &str = "experts";
 /// How long a story may take.
 const LIMIT: Duration = Duration::from_secs(900);
 
+/// What a story begins with, as users have it in manifests/samples; a test may change it before it is told.
+#[derive(Debug, Clone)]
+pub struct Scene {
+    /// The rollout.
+    pub rollout: Value,
+    /// Namespace and experts, as YAML.
+    pub experts: String,
+    /// The traffic, as YAML.
+    pub load: String,
+}
+
+impl Scene {
+    /// The samples around a rollout.
+    ///
+    /// # Errors
+    /// A sample cannot be read.
+    pub fn of(rollout: Value) -> Result<Self> {
+        Ok(Self { rollout, experts: sample("experts.yaml")?, load: sample("load.yaml")? })
+    }
+}
+
+/// What becomes of a story after a look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    /// It goes on, until the rollout has ended.
+    GoesOn,
+    /// It has told what it was to tell.
+    Ends,
+}
+
 /// What was seen from the start of traffic to the end of the rollout.
 #[derive(Debug, Default)]
 pub struct Account {
@@ -68,28 +98,35 @@ impl Look {
     }
 }
 
-/// The rollout of the quickstart, as an object that a test may change before it applies it.
-pub fn quickstart() -> Result<Value> {
+/// The samples as they stand.
+///
+/// # Errors
+/// A sample cannot be read.
+pub fn quickstart() -> Result<Scene> {
     let yaml = std::fs::read_to_string(workspace().join("manifests/samples/quickstart.yaml"))?;
-    serde_saphyr::from_str(&yaml).context("manifests/samples/quickstart.yaml")
+    Scene::of(serde_saphyr::from_str(&yaml).context("manifests/samples/quickstart.yaml")?)
 }
 
 /// The quickstart without the tuning that does harm.
-pub fn harmless() -> Result<Value> {
-    let mut rollout = quickstart()?;
+///
+/// # Errors
+/// A sample cannot be read.
+pub fn harmless() -> Result<Scene> {
+    let mut rollout = quickstart()?.rollout;
     let optimizations =
         rollout["spec"]["optimizations"].as_array_mut().context("the sample lists no optimizations")?;
     for optimization in optimizations {
         optimization.as_object_mut().context("an optimization is no object")?.remove("config");
     }
-    Ok(rollout)
+    Scene::of(rollout)
 }
 
 /// Tells one rollout from a clean namespace to its end. `act` is called after each look and may disturb; what it sees is what a
 /// user sees.
-pub fn tell(cluster: &Cluster, rollout: &Value, mut act: impl FnMut(&Look) -> Result<()>) -> Result<Account> {
-    step("start experts, rollout and traffic", || begin(cluster, rollout))?;
-    let replicas = rollout["spec"]["workload"]["runtime"]["replicas"].as_u64().unwrap_or_default() as usize;
+pub fn tell(cluster: &Cluster, scene: &Scene, mut act: impl FnMut(&Look) -> Result<Then>) -> Result<Account> {
+    step("start experts, rollout and traffic", || begin(cluster, scene))?;
+    let replicas =
+        scene.rollout["spec"]["workload"]["runtime"]["replicas"].as_u64().unwrap_or_default() as usize;
     let mut account = Account { fewest_serving: usize::MAX, ..Account::default() };
     let mut screen = Screen::default();
     let start = Instant::now();
@@ -97,10 +134,9 @@ pub fn tell(cluster: &Cluster, rollout: &Value, mut act: impl FnMut(&Look) -> Re
         let next = Instant::now() + Duration::from_secs(1);
         let look = account.look(cluster)?;
         screen.show(&look, &account, replicas, start.elapsed());
-        if look.ended() {
+        if look.ended() || act(&look)? == Then::Ends {
             break;
         }
-        act(&look)?;
         ensure!(
             start.elapsed() < LIMIT,
             "the rollout has not ended after {} s\n{}",
@@ -115,18 +151,18 @@ pub fn tell(cluster: &Cluster, rollout: &Value, mut act: impl FnMut(&Look) -> Re
 }
 
 /// Experts first, then the rollout, and traffic once the stable Deployment serves, so that no failure is of the story's making.
-fn begin(cluster: &Cluster, rollout: &Value) -> Result<()> {
+fn begin(cluster: &Cluster, scene: &Scene) -> Result<()> {
     clean(cluster)?;
-    cluster.apply(&sample("experts.yaml")?)?;
+    cluster.apply(&scene.experts)?;
     cluster.rolled_out(NAMESPACE, "upstream", Duration::from_secs(60))?;
-    cluster.apply(&rollout.to_string())?;
+    cluster.apply(&scene.rollout.to_string())?;
     wait("the stable Deployment", Duration::from_secs(30), || {
         Ok(cluster
             .kubectl(&["-n", NAMESPACE, "get", "deployment", ROLLOUT])
             .map_err(|error| error.to_string()))
     })?;
     cluster.rolled_out(NAMESPACE, ROLLOUT, Duration::from_secs(60))?;
-    cluster.apply(&sample("load.yaml")?)?;
+    cluster.apply(&scene.load)?;
     cluster.rolled_out(NAMESPACE, "load", Duration::from_secs(60))
 }
 

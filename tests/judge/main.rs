@@ -1,14 +1,16 @@
 //! Judgement, from samples to verdicts: against an independent computation, by properties, and by tables of odd samples.
 
+mod kinds;
+
 use std::{collections::BTreeMap, f64::consts::PI};
 
 use proptest::prelude::*;
 use serde::Deserialize;
 use synthex_operator::{
-    api::{self, Counts, Evidence, Verdict},
+    api::{self, Cause, Counts, Evidence, KpiStatus, ShareEvidence, Verdict},
     decision::judge::{
-        Answer, AnswerHealth, Arm, Arms, Bound, HETEROGENEITY, Kpi, Samples, Series, Test, Tick, alarm_at,
-        chunks, effective_tolerance, fold, judge, observed, queries, settled,
+        Answer, AnswerHealth, Arm, Arms, Bound, CAUTIOUS, Kpi, Samples, Series, Test, Tick, Trial, alarm_at,
+        chunks, effective_tolerance, observed, settled,
     },
 };
 
@@ -37,7 +39,36 @@ fn threshold(bound: Bound, consecutive: u32) -> Kpi {
 }
 
 fn kpi(test: Test) -> Kpi {
-    Kpi { name: "k".to_owned(), owner: None, required: true, test }
+    Kpi {
+        name: "k".to_owned(),
+        owner: None,
+        required: true,
+        observe_only: false,
+        weight: 1.0,
+        warm_up: None,
+        expect: None,
+        test,
+    }
+}
+
+/// A trial in which nothing was learned of the pods, so that the cautious spread is taken.
+fn trial(kpi: Kpi, arms: Arms) -> Trial {
+    Trial { kpi, arms, preflight: None, alarm_at: 8.6, step: STEP, bake: 1000 }
+}
+
+fn fold(
+    kpi: &Kpi,
+    arms: &Arms,
+    evidence: Evidence,
+    answers: &[Answer],
+    from: Tick,
+    until: Tick,
+) -> (Evidence, AnswerHealth) {
+    trial(kpi.clone(), arms.clone()).fold(evidence, answers, from, until)
+}
+
+fn judge(kpi: &Kpi, arms: &Arms, evidence: &Evidence, health: &AnswerHealth, alarm_at: f64) -> KpiStatus {
+    Trial { alarm_at, ..trial(kpi.clone(), arms.clone()) }.judge(evidence, health)
 }
 
 /// A counter of one pod: a value per tick from tick 0 on, or `None` where there is no sample.
@@ -68,26 +99,25 @@ fn answers(errors: &[Series], total: &[Series]) -> [Answer; 3] {
 
 /// Folds everything from tick 0, the base, to the last tick.
 fn folded(errors: &[Series], total: &[Series], ticks: i64) -> (Evidence, AnswerHealth) {
-    fold(
-        &ratio(1.25, 0.001),
-        &arms(1, 1),
-        Evidence::default(),
-        &answers(errors, total),
-        0,
-        ticks * STEP,
-        STEP,
-    )
+    fold(&ratio(1.25, 0.001), &arms(1, 1), Evidence::default(), &answers(errors, total), 0, ticks * STEP)
 }
 
 fn counts(evidence: &Evidence) -> [f64; 4] {
-    let Evidence { canary, baseline, .. } = evidence;
+    let ShareEvidence { canary, baseline, .. } = &evidence.shares[0];
     [canary.events, canary.total, baseline.events, baseline.total]
 }
 
 /// Evidence with these counts, as if it had been folded.
 fn counted(canary: (f64, f64), baseline: (f64, f64)) -> Evidence {
+    peaking(0.0, canary, baseline)
+}
+
+/// The same with a highest log evidence.
+fn peaking(peak: f64, canary: (f64, f64), baseline: (f64, f64)) -> Evidence {
     let counts = |(events, total)| Counts { events, total };
-    Evidence { canary: counts(canary), baseline: counts(baseline), ..Evidence::default() }
+    let share =
+        ShareEvidence { peak, canary: counts(canary), baseline: counts(baseline), ..Default::default() };
+    Evidence { shares: vec![share], ..Evidence::default() }
 }
 
 /// Counters of one pod per arm that grow as the rows say: canary errors and requests, baseline errors and requests.
@@ -121,19 +151,20 @@ struct Case {
 
 #[test]
 fn the_evidence_is_that_of_an_independent_computation() {
-    let cases: Vec<Case> = serde_json::from_str(include_str!("data/eprocess.json")).unwrap();
+    let cases: Vec<Case> = serde_json::from_str(include_str!("../data/eprocess.json")).unwrap();
     assert!(cases.len() >= 10);
     for case in cases {
         let (errors, total) = grown(&case.ticks);
-        let kpi = ratio(case.tolerance, case.minimum_effect);
-        let arms = arms(case.canary_pods, case.baseline_pods);
+        let trial =
+            trial(ratio(case.tolerance, case.minimum_effect), arms(case.canary_pods, case.baseline_pods));
         let mut evidence = Evidence::default();
         for (tick, expected) in (1..).zip(&case.log_evidence) {
             let (from, until) = ((tick - 1) * STEP, tick * STEP);
             let health;
-            (evidence, health) = fold(&kpi, &arms, evidence, &answers(&errors, &total), from, until, STEP);
+            (evidence, health) = trial.fold(evidence, &answers(&errors, &total), from, until);
             assert_eq!(health, AnswerHealth::Good, "{}", case.name);
-            let seen = judge(&kpi, &arms, &evidence, &health, 8.0).log_evidence.unwrap();
+            let seen =
+                Trial { alarm_at: 1e9, ..trial.clone() }.judge(&evidence, &health).log_evidence.unwrap();
             let exact = log_evidence(&evidence);
             assert!(
                 (exact - expected).abs() <= 1e-9 * expected.abs().max(1.0),
@@ -143,16 +174,16 @@ fn the_evidence_is_that_of_an_independent_computation() {
             assert!((seen - exact).abs() <= 1e-5 * exact.abs().max(1.0), "{} is shown as {seen}", case.name);
         }
         assert!(
-            (evidence.peak - case.peak).abs() <= 1e-9 * case.peak.max(1.0),
+            (evidence.shares[0].peak - case.peak).abs() <= 1e-9 * case.peak.max(1.0),
             "{}: {}",
             case.name,
-            evidence.peak
+            evidence.shares[0].peak
         );
     }
 }
 
 fn log_evidence(evidence: &Evidence) -> f64 {
-    let weights = &evidence.log_weights;
+    let weights = &evidence.shares[0].log_weights;
     let highest = weights.iter().copied().fold(0.0, f64::max);
     let begun = weights.iter().map(|w| (w - highest).exp()).sum::<f64>() / weights.len() as f64;
     let to_come = 0.5 / evidence.fresh_ticks.max(1) as f64;
@@ -161,33 +192,33 @@ fn log_evidence(evidence: &Evidence) -> f64 {
 
 #[test]
 fn harm_that_begins_late_is_found_as_well() {
-    let alarm_at = alarm_at(4, 5, 1);
+    let alarm_at = alarm_at(0.01, 0.25, 5, 1);
     let after = |healthy: usize| {
         let rows = [vec![[4, 200, 4, 200]; healthy], vec![[80, 200, 4, 200]; 60]].concat();
         let (errors, total) = grown(&rows);
-        let (kpi, arms) = (ratio(1.25, 0.001), arms(10, 10));
+        let trial = trial(ratio(1.25, 0.001), arms(10, 10));
         let answers = answers(&errors, &total);
         let mut evidence = Evidence::default();
         let alarm = (1..=rows.len()).find(|&tick| {
             let (from, until) = ((tick as i64 - 1) * STEP, tick as i64 * STEP);
-            evidence = fold(&kpi, &arms, std::mem::take(&mut evidence), &answers, from, until, STEP).0;
-            evidence.peak >= alarm_at
+            evidence = trial.fold(std::mem::take(&mut evidence), &answers, from, until).0;
+            evidence.shares[0].peak >= alarm_at
         });
         alarm.expect("harm is found") - healthy
     };
     assert_eq!(after(0), 1);
-    // After a day (5,760 ticks of 15 s) it takes minutes, not another day: as long as the difference over the whole stage needs to
-    // reach the minimum effect.
-    assert_eq!(after(5760), 16);
+    // After a day (5,760 ticks of 15 s) it is found in one tick more: harm that begins late matters by its own size, and not
+    // by what it adds to the whole stage.
+    assert_eq!(after(5760), 2);
 }
 
 #[test]
 fn alpha_is_spent_over_kpis_stages_and_attempts() {
-    let alpha = |kpis, stages, attempt| (-alarm_at(kpis, stages, attempt)).exp();
-    assert!((alpha(4, 6, 1) - 0.01 / 24.0 * 6.0 / (PI * PI)).abs() < 1e-15);
-    let spent: f64 = (1..10_000).map(|attempt| alpha(4, 6, attempt)).sum();
+    let alpha = |share, stages, attempt| (-alarm_at(0.01, share, stages, attempt)).exp();
+    assert!((alpha(0.25, 6, 1) - 0.01 / 24.0 * 6.0 / (PI * PI)).abs() < 1e-15);
+    let spent: f64 = (1..10_000).map(|attempt| alpha(0.25, 6, attempt)).sum();
     assert!(spent < 0.01 / 24.0 && spent > 0.0099 / 24.0, "{spent}");
-    assert_eq!(alarm_at(0, 0, 0), alarm_at(1, 1, 1));
+    assert_eq!(alarm_at(0.01, 1.0, 0, 0), alarm_at(0.01, 1.0, 1, 1));
 }
 
 #[test]
@@ -325,11 +356,11 @@ fn stale_samples_are_no_evidence_and_stop_the_bake_clock() {
         series.points[3].1 = series.points[1].1;
     }
     let answers = [Answer::Series(errors), Answer::Series(total), Answer::Series(stale)];
-    let at = |tick: Tick| fold(&kpi, &arms(1, 1), Evidence::default(), &answers, 0, tick * STEP, STEP);
+    let at = |tick: Tick| trial(kpi.clone(), arms(1, 1)).fold(Evidence::default(), &answers, 0, tick * STEP);
     let (evidence, health) = at(3);
     // The second tick's sample is more than two intervals old, as is the third's.
     assert_eq!((evidence.fresh_ticks, counts(&evidence)), (1, [1.0, 10.0, 1.0, 10.0]));
-    let AnswerHealth::Blind(why) = &health else { panic!("{health:?}") };
+    let AnswerHealth::Blind(Cause::Stale, why) = &health else { panic!("{health:?}") };
     assert!(why.contains("neither the canary's nor the baseline's") && why.contains("30 s"), "{why}");
     assert_eq!(judge(&kpi, &arms(1, 1), &evidence, &health, 8.0).verdict, Verdict::Inconclusive);
     // Once samples come again, what was counted meanwhile is one larger increase.
@@ -354,15 +385,15 @@ fn after_a_gap_the_arms_are_compared_over_the_same_time_whichever_comes_back_fir
         }
         let answers = [Answer::Series(errors), Answer::Series(total), Answer::Series(fresh)];
         let until = rows.len() as i64 * STEP;
-        fold(&ratio(1.25, 0.001), &arms(1, 1), Evidence::default(), &answers, 0, until, STEP).0
+        fold(&ratio(1.25, 0.001), &arms(1, 1), Evidence::default(), &answers, 0, until).0
     };
     let start = [3, 20, 1, 25];
     let at_once = gap_then(&[start, [0, 0, 0, 0], [0, 0, 0, 0], [9, 90, 4, 80]], [4, 4]);
     let canary_first = gap_then(&[start, [0, 0, 0, 0], [8, 80, 0, 0], [1, 10, 4, 80]], [3, 4]);
     let baseline_first = gap_then(&[start, [0, 0, 0, 0], [0, 0, 3, 70], [9, 90, 1, 10]], [4, 3]);
     for seen in [canary_first, baseline_first] {
-        assert_eq!(seen.log_weights, at_once.log_weights);
-        assert_eq!((counts(&seen), seen.fresh_ticks, seen.carry), (counts(&at_once), 2, None));
+        assert_eq!(seen.shares[0].log_weights, at_once.shares[0].log_weights);
+        assert_eq!((counts(&seen), seen.fresh_ticks, seen.shares[0].carry), (counts(&at_once), 2, None));
     }
 }
 
@@ -376,34 +407,37 @@ fn arms_that_are_scraped_in_turn_are_compared_but_an_idle_arm_is_not() {
     let together = weighed(&[quiet, [3, 20, 1, 25]]);
     for rows in [[[3, 20, 0, 0], [0, 0, 1, 25]], [[0, 0, 1, 25], [3, 20, 0, 0]]] {
         let in_turn = weighed(&rows);
-        assert_eq!(in_turn.log_weights, together.log_weights);
-        assert_eq!((in_turn.fresh_ticks, in_turn.carry), (2, None));
+        assert_eq!(in_turn.shares[0].log_weights, together.shares[0].log_weights);
+        assert_eq!((in_turn.fresh_ticks, in_turn.shares[0].carry), (2, None));
     }
     // Only one tick waits: the older ones are counted, not compared.
     let idle = weighed(&[[0, 0, 9, 50], [0, 0, 1, 25], [3, 20, 0, 0]]);
-    assert_eq!(idle.log_weights, weighed(&[quiet, quiet, [3, 20, 1, 25]]).log_weights);
+    assert_eq!(idle.shares[0].log_weights, weighed(&[quiet, quiet, [3, 20, 1, 25]]).shares[0].log_weights);
     assert_eq!(counts(&idle), [3.0, 20.0, 10.0, 75.0]);
     let nothing = weighed(&[[0, 0, 1, 25], [0, 0, 0, 0], [3, 20, 0, 0]]);
-    assert_eq!(nothing.log_weights, weighed(&[quiet; 3]).log_weights);
+    assert_eq!(nothing.shares[0].log_weights, weighed(&[quiet; 3]).shares[0].log_weights);
 }
 
 #[test]
 fn a_tick_that_was_folded_is_not_folded_again() {
     let (errors, total) = grown(&[[3, 20, 1, 25], [2, 20, 1, 25], [1, 30, 0, 9]]);
     let (kpi, arms, answers) = (ratio(1.25, 0.001), arms(1, 1), answers(&errors, &total));
-    let (whole, _) = fold(&kpi, &arms, Evidence::default(), &answers, 0, 3 * STEP, STEP);
-    let (part, _) = fold(&kpi, &arms, Evidence::default(), &answers, 0, 2 * STEP, STEP);
+    let (whole, _) = fold(&kpi, &arms, Evidence::default(), &answers, 0, 3 * STEP);
+    let (part, _) = fold(&kpi, &arms, Evidence::default(), &answers, 0, 2 * STEP);
     // The operator was restarted, and asks from an older checkpoint on.
-    assert_eq!(fold(&kpi, &arms, part, &answers, 0, 3 * STEP, STEP).0, whole);
-    assert_eq!(fold(&kpi, &arms, whole.clone(), &answers, 0, 3 * STEP, STEP).0, whole);
+    assert_eq!(fold(&kpi, &arms, part, &answers, 0, 3 * STEP).0, whole);
+    assert_eq!(fold(&kpi, &arms, whole.clone(), &answers, 0, 3 * STEP).0, whole);
 }
 
 #[test]
 fn a_checkpoint_that_does_not_fit_starts_afresh() {
     let (errors, total) = grown(&[[3, 20, 1, 25]]);
     for log_weights in [vec![1.0], vec![f64::NAN; 7], vec![f64::INFINITY; 7]] {
-        let odd = Evidence { log_weights, ..Evidence::default() };
-        let seen = fold(&ratio(1.25, 0.001), &arms(1, 1), odd, &answers(&errors, &total), 0, STEP, STEP).0;
+        let odd = Evidence {
+            shares: vec![ShareEvidence { log_weights, ..Default::default() }],
+            ..Evidence::default()
+        };
+        let seen = fold(&ratio(1.25, 0.001), &arms(1, 1), odd, &answers(&errors, &total), 0, STEP).0;
         assert_eq!(seen, folded(&errors, &total, 1).0);
     }
 }
@@ -460,8 +494,7 @@ fn series_that_must_not_be_summed_are_refused_while_they_last() {
 
 #[test]
 fn an_answer_that_is_none_leaves_the_evidence_as_it_was() {
-    let before =
-        Evidence { last_tick: 7 * STEP, fresh_ticks: 7, peak: 9.0, ..counted((9.0, 10.0), (1.0, 10.0)) };
+    let before = Evidence { last_tick: 7 * STEP, fresh_ticks: 7, ..peaking(9.0, (9.0, 10.0), (1.0, 10.0)) };
     let kpi = ratio(1.25, 0.001);
     let empty = || Answer::Series(vec![]);
     for (odd, health) in [
@@ -470,10 +503,10 @@ fn an_answer_that_is_none_leaves_the_evidence_as_it_was() {
     ] {
         let answers = [empty(), odd, empty()];
         assert_eq!(
-            fold(&kpi, &arms(1, 1), before.clone(), &answers, 7 * STEP, 9 * STEP, STEP),
+            fold(&kpi, &arms(1, 1), before.clone(), &answers, 7 * STEP, 9 * STEP),
             (before.clone(), health.clone())
         );
-        let unproven = Evidence { peak: 0.0, ..before.clone() };
+        let unproven = Evidence { shares: counted((9.0, 10.0), (1.0, 10.0)).shares, ..before.clone() };
         assert_eq!(judge(&kpi, &arms(1, 1), &unproven, &health, 8.0).verdict, Verdict::TelemetryDown);
         // An alarm once reached stands.
         let status = judge(&kpi, &arms(1, 1), &before, &health, 8.0);
@@ -484,7 +517,7 @@ fn an_answer_that_is_none_leaves_the_evidence_as_it_was() {
             status.message
         );
     }
-    let (evidence, health) = fold(&kpi, &arms(1, 1), before.clone(), &[empty()], 7 * STEP, 8 * STEP, STEP);
+    let (evidence, health) = fold(&kpi, &arms(1, 1), before.clone(), &[empty()], 7 * STEP, 8 * STEP);
     assert_eq!(evidence, before);
     assert!(matches!(health, AnswerHealth::Malformed(_)), "{health:?}");
 }
@@ -493,8 +526,8 @@ fn an_answer_that_is_none_leaves_the_evidence_as_it_was() {
 fn without_a_baseline_a_ratio_is_inconclusive() {
     let arms = Arms { baseline: None, ..arms(1, 1) };
     let kpi = ratio(1.25, 0.001);
-    assert!(queries(&kpi, &arms).is_empty());
-    let (evidence, health) = fold(&kpi, &arms, Evidence::default(), &[], 0, STEP, STEP);
+    assert!(trial(kpi.clone(), arms.clone()).queries().is_empty());
+    let (evidence, health) = fold(&kpi, &arms, Evidence::default(), &[], 0, STEP);
     let status = judge(&kpi, &arms, &evidence, &health, 8.0);
     assert_eq!(
         (status.verdict, status.message.as_str()),
@@ -507,10 +540,10 @@ fn without_a_baseline_a_ratio_is_inconclusive() {
 fn verdicts_of_an_error_ratio() {
     let good = AnswerHealth::Good;
     let numbers = "canary 37.2% (312 of 839) against baseline 0.0% (0 of 842), evidence";
-    let alarm = Evidence { peak: 12.44, ..counted((312.0, 839.0), (0.0, 842.0)) };
+    let alarm = |peak| peaking(peak, (312.0, 839.0), (0.0, 842.0));
     let cases = [
-        (alarm.clone(), Verdict::Fail, format!("{numbers} 12.4 of 8.6 needed")),
-        (Evidence { peak: 8.59, ..alarm }, Verdict::Pass, format!("{numbers} 0.0 of 8.6 needed")),
+        (alarm(12.44), Verdict::Fail, format!("{numbers} 12.4 of 8.6 needed")),
+        (alarm(8.59), Verdict::Pass, format!("{numbers} 0.0 of 8.6 needed")),
         (
             counted((0.0, 839.0), (1.0, 842.0)),
             Verdict::Inconclusive,
@@ -550,15 +583,14 @@ fn verdicts_of_an_error_ratio() {
 fn harm_is_found_and_stands_even_when_the_errors_stop() {
     let rows: Vec<_> = (0..40).map(|tick| if tick < 8 { [15, 40, 0, 42] } else { [0, 40, 0, 40] }).collect();
     let (errors, total) = grown(&rows);
-    let (kpi, arms, alarm_at) = (ratio(1.25, 0.001), arms(1, 1), alarm_at(4, 6, 1));
+    let (kpi, arms, alarm_at) = (ratio(1.25, 0.001), arms(1, 1), alarm_at(0.01, 0.25, 6, 1));
     let (evidence, health) = folded(&errors, &total, 40);
     let status = judge(&kpi, &arms, &evidence, &health, alarm_at);
     assert_eq!((status.verdict, &health), (Verdict::Fail, &AnswerHealth::Good), "{}", status.message);
     // A difference that does not matter is no alarm, whatever the evidence.
     let kpi = ratio(1.25, 0.5);
-    let (evidence, health) =
-        fold(&kpi, &arms, Evidence::default(), &answers(&errors, &total), 0, 40 * STEP, STEP);
-    assert_eq!(evidence.peak, 0.0);
+    let (evidence, health) = fold(&kpi, &arms, Evidence::default(), &answers(&errors, &total), 0, 40 * STEP);
+    assert_eq!(evidence.shares[0].peak, 0.0);
     assert_eq!(judge(&kpi, &arms, &evidence, &health, alarm_at).verdict, Verdict::Pass);
 }
 
@@ -670,8 +702,7 @@ fn a_threshold_alarms_after_values_in_a_row() {
     for (name, bound, series, ticks, verdict, message) in cases {
         let kpi = threshold(bound, 3);
         let answers = [Answer::Series(series)];
-        let (evidence, health) =
-            fold(&kpi, &arms(1, 1), Evidence::default(), &answers, 0, ticks * STEP, STEP);
+        let (evidence, health) = fold(&kpi, &arms(1, 1), Evidence::default(), &answers, 0, ticks * STEP);
         let status = judge(&kpi, &arms(1, 1), &evidence, &health, 8.6);
         assert_eq!(status.verdict, verdict, "{name}: {}", status.message);
         assert!(status.message.starts_with(message), "{name}: {}", status.message);
@@ -717,9 +748,9 @@ fn ticks_settle_and_are_asked_for_in_chunks() {
     assert_eq!(ranges(&arms(1, 1), 60, 45), [(60, 60)]);
     let (before, _) = folded(&[], &[], 1);
     let (again, health) =
-        fold(&ratio(1.25, 0.001), &arms(1, 1), before.clone(), &answers(&[], &[]), STEP, STEP, STEP);
+        fold(&ratio(1.25, 0.001), &arms(1, 1), before.clone(), &answers(&[], &[]), STEP, STEP);
     assert_eq!(again, before);
-    assert!(matches!(health, AnswerHealth::NoData(_)));
+    assert!(matches!(health, AnswerHealth::NoData(Cause::Missing, _)));
 }
 
 #[test]
@@ -790,7 +821,7 @@ impl Random {
 fn a_canary_at_the_edge_of_the_tolerance_seldom_alarms() {
     let mut random = Random(20_261_123);
     let (kpi, arms) = (ratio(1.25, 0.00001), arms(2, 2));
-    let tolerated = effective_tolerance(1.25, HETEROGENEITY, 2, 2);
+    let tolerated = effective_tolerance(1.25, CAUTIOUS, 2, 2);
     let (paths, ticks, alpha) = (1500, 150, 0.05f64);
     let mut alarms = 0;
     for _ in 0..paths {
@@ -808,8 +839,8 @@ fn a_canary_at_the_edge_of_the_tolerance_seldom_alarms() {
             .collect();
         let (errors, total) = grown(&rows);
         let (evidence, _) =
-            fold(&kpi, &arms, Evidence::default(), &answers(&errors, &total), 0, ticks * STEP, STEP);
-        alarms += i32::from(evidence.peak >= (1.0 / alpha).ln());
+            fold(&kpi, &arms, Evidence::default(), &answers(&errors, &total), 0, ticks * STEP);
+        alarms += i32::from(evidence.shares[0].peak >= (1.0 / alpha).ln());
     }
     let share = f64::from(alarms) / f64::from(paths);
     // Three standard errors of a share of 0.05 in 1500 paths. And the bound is no empty one: it is within a factor of ten.
@@ -886,16 +917,16 @@ proptest! {
     ) {
         let (kpi, arms) = (ratio(1.25, 0.001), arms(3, 3));
         let samples = generated(&world, &ages);
-        let (whole, _) = fold(&kpi, &arms, Evidence::default(), &part(&samples, 0, 12 * STEP, false), 0, 12 * STEP, STEP);
+        let (whole, _) = fold(&kpi, &arms, Evidence::default(), &part(&samples, 0, 12 * STEP, false), 0, 12 * STEP);
         let mut evidence = Evidence::default();
         let mut from = 0;
         for until in cuts.into_iter().chain([12]).map(|tick| tick * STEP) {
             // Between two parts the operator is restarted and reads its checkpoint.
             evidence = serde_json::from_str(&serde_json::to_string(&evidence).unwrap()).unwrap();
-            (evidence, _) = fold(&kpi, &arms, evidence, &part(&samples, from, until, reversed), from, until, STEP);
+            (evidence, _) = fold(&kpi, &arms, evidence, &part(&samples, from, until, reversed), from, until);
             from = until;
         }
-        let bits = |evidence: &Evidence| evidence.log_weights.iter().map(|w| w.to_bits()).collect::<Vec<_>>();
+        let bits = |evidence: &Evidence| evidence.shares[0].log_weights.iter().map(|w| w.to_bits()).collect::<Vec<_>>();
         prop_assert_eq!(bits(&evidence), bits(&whole));
         prop_assert_eq!(evidence, whole);
     }
@@ -908,7 +939,7 @@ proptest! {
     ) {
         let (kpi, arms) = (threshold(Bound::Max(1.0), 3), arms(1, 1));
         let samples = [vec![labelled(&[("a", "1")], &values), labelled(&[("a", "2")], &other)], vec![], vec![]];
-        let fold = |evidence, from, until| fold(&kpi, &arms, evidence, &part(&samples, from, until, false)[..1], from, until, STEP).0;
+        let fold = |evidence, from, until| fold(&kpi, &arms, evidence, &part(&samples, from, until, false)[..1], from, until).0;
         let whole = fold(Evidence::default(), 0, 12 * STEP);
         prop_assert_eq!(fold(fold(Evidence::default(), 0, cut * STEP), cut * STEP, 12 * STEP), whole);
     }
@@ -918,11 +949,15 @@ proptest! {
         weights in prop::collection::vec(prop::num::f64::NORMAL | prop::num::f64::ZERO | prop::num::f64::SUBNORMAL, 7),
         peak in 0.0..1e6f64,
     ) {
-        let evidence = Evidence { log_weights: weights, peak, ..Evidence::default() };
+        let share = ShareEvidence { log_weights: weights, peak, ..Default::default() };
+        let evidence = Evidence { shares: vec![share], ..Evidence::default() };
         let text: Evidence = serde_json::from_str(&serde_json::to_string(&evidence).unwrap()).unwrap();
         let value: Evidence = serde_json::from_value(serde_json::to_value(&evidence).unwrap()).unwrap();
         for read in [text, value] {
-            let bits = |evidence: &Evidence| evidence.log_weights.iter().chain([&evidence.peak]).map(|w| w.to_bits()).collect::<Vec<_>>();
+            let bits = |evidence: &Evidence| {
+                let share = &evidence.shares[0];
+                share.log_weights.iter().chain([&share.peak]).map(|w| w.to_bits()).collect::<Vec<_>>()
+            };
             prop_assert_eq!(bits(&read), bits(&evidence));
         }
     }
@@ -943,6 +978,6 @@ proptest! {
         };
         let (before, after) = (weigh(&rows), weigh(&worse));
         prop_assert!(log_evidence(&after) >= log_evidence(&before) - 1e-9);
-        prop_assert!(after.peak >= before.peak - 1e-9);
+        prop_assert!(after.shares[0].peak >= before.shares[0].peak - 1e-9);
     }
 }

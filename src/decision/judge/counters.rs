@@ -1,0 +1,246 @@
+//! From raw counters, one or more series per pod, to what each arm has counted in each tick. Pure.
+//!
+//! Differences are taken per series and then summed, so that a restart of one pod is seen as such.
+
+use super::{Arm, Grid, Series};
+
+/// Which arm, as an index.
+pub(super) const CANARY: usize = 0;
+/// The other one.
+pub(super) const BASELINE: usize = 1;
+
+/// Most kinds of event that are counted among the same requests: the two bounds of a latency.
+pub(super) const KINDS: usize = 2;
+
+/// The answers of which counts are made.
+pub(super) struct Counters<'a> {
+    /// Series of each kind of event.
+    pub(super) events: [&'a [Series]; KINDS],
+    /// Series of all requests.
+    pub(super) total: &'a [Series],
+    /// Time of the last sample of `total`.
+    pub(super) times: &'a [Series],
+}
+
+/// What one arm has counted in one tick.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Tally {
+    pub(super) events: [f64; KINDS],
+    pub(super) total: f64,
+}
+
+/// The counts of a stretch of ticks, read from the answers.
+pub(super) struct Read {
+    /// Increase of the counters in each tick, canary and baseline.
+    pub(super) counts: Vec<[Tally; 2]>,
+    /// Whether there is a series of the total.
+    pub(super) present: [Vec<bool>; 2],
+    /// Whether the last sample of the total is at most two intervals old.
+    pub(super) fresh: [Vec<bool>; 2],
+    /// Ticks with series that must not be summed.
+    pub(super) faults: Vec<bool>,
+    /// What is wrong at the last tick.
+    pub(super) fault: Option<String>,
+}
+
+/// Which of the counters a series is.
+#[derive(Clone, Copy, PartialEq)]
+enum Counter {
+    Event(usize),
+    Total,
+}
+
+impl Read {
+    pub(super) fn of(canary: &Arm, baseline: &Arm, answers: &Counters<'_>, grid: Grid) -> Self {
+        let len = grid.len();
+        let mut read = Self {
+            counts: vec![[Tally::default(); 2]; len],
+            present: [vec![false; len], vec![false; len]],
+            fresh: [vec![false; len], vec![false; len]],
+            faults: vec![false; len],
+            fault: None,
+        };
+        let arm_of =
+            |pod: &str| if canary.owns(pod) { Some(CANARY) } else { baseline.owns(pod).then_some(BASELINE) };
+        let events = answers.events.into_iter().enumerate();
+        let mut sorted: Vec<(&Series, Counter)> = events
+            .flat_map(|(kind, series)| series.iter().map(move |series| (series, Counter::Event(kind))))
+            .chain(answers.total.iter().map(|series| (series, Counter::Total)))
+            .collect();
+        // In one order always, since sums of floating-point numbers depend on it; sorted runs are merged in no time.
+        sorted.sort_by(|(a, _), (b, _)| a.key().cmp(&b.key()));
+
+        let (mut pod_up, mut target_up) = (vec![false; len], vec![false; len]);
+        for pod in sorted.chunk_by(|(a, _), (b, _)| a.pod == b.pod) {
+            if pod[0].0.pod.is_empty() {
+                read.fault_at(pod, grid, || {
+                    "series without the label pod: keep it in the result, as in sum by (pod, instance) (...)"
+                        .to_owned()
+                });
+                continue;
+            }
+            let Some(arm) = arm_of(&pod[0].0.pod) else { continue };
+            mark(&mut pod_up, pod, grid);
+            for target in pod.chunk_by(|(a, _), (b, _)| a.instance == b.instance) {
+                read.refuse_twins(target, grid);
+                let up = if target[0].0.instance.is_empty() || target.len() == pod.len() {
+                    &pod_up
+                } else {
+                    mark(&mut target_up, target, grid);
+                    &target_up
+                };
+                for &(series, counter) in target {
+                    read.count(series, counter, arm, up, grid);
+                }
+            }
+        }
+        for pod in answers.times.chunk_by(|a, b| a.pod == b.pod) {
+            let Some(arm) = arm_of(&pod[0].pod) else { continue };
+            for &(time, sampled) in pod.iter().flat_map(|series| &series.points) {
+                if let Some(index) = grid.index(time) {
+                    read.fresh[arm][index] |= time as f64 - sampled <= 2.0 * grid.step as f64;
+                }
+            }
+        }
+        read
+    }
+
+    /// Adds the increase of one counter to its arm. `up` says at which ticks its target was scraped.
+    fn count(&mut self, series: &Series, counter: Counter, arm: usize, up: &[bool], grid: Grid) {
+        increases(series, up, grid, |index, increase| {
+            let tally = &mut self.counts[index][arm];
+            match counter {
+                Counter::Event(kind) => tally.events[kind] += increase,
+                Counter::Total => tally.total += increase,
+            }
+        });
+        if counter == Counter::Total {
+            for &(time, value) in &series.points {
+                if let Some(index) = grid.index(time).filter(|_| is_count(value)) {
+                    self.present[arm][index] = true;
+                }
+            }
+        }
+    }
+
+    /// Two scrape jobs that read the same port count every request twice, which would double the evidence for nothing.
+    fn refuse_twins(&mut self, target: &[(&Series, Counter)], grid: Grid) {
+        let first = target[0].0;
+        if first.instance.is_empty() || target.iter().all(|(series, _)| series.job == first.job) {
+            return;
+        }
+        for counter in [Counter::Event(0), Counter::Event(1), Counter::Total] {
+            let mut jobs: Vec<Option<&str>> = vec![None; grid.len()];
+            for (series, _) in target.iter().filter(|(_, kind)| *kind == counter) {
+                for index in series.points.iter().filter_map(|(time, _)| grid.index(*time)) {
+                    let job = *jobs[index].get_or_insert(&series.job);
+                    if job != series.job {
+                        let message = || {
+                            format!(
+                                "pod {} is scraped twice, by the jobs {job:?} and {:?}: name one in the selectors, as in {{$arm,job={job:?}}}",
+                                series.pod, series.job
+                            )
+                        };
+                        self.fault(index, grid, message);
+                    }
+                }
+            }
+        }
+    }
+
+    fn fault_at(&mut self, series: &[(&Series, Counter)], grid: Grid, message: impl Fn() -> String) {
+        for (series, _) in series {
+            for index in series.points.iter().filter_map(|(time, _)| grid.index(*time)) {
+                self.fault(index, grid, &message);
+            }
+        }
+    }
+
+    /// Voids the increases up to and from this tick.
+    fn fault(&mut self, index: usize, grid: Grid, message: impl Fn() -> String) {
+        self.faults[index] = true;
+        if let Some(next) = self.faults.get_mut(index + 1) {
+            *next = true;
+        }
+        if index + 1 == grid.len() && self.fault.is_none() {
+            self.fault = Some(message());
+        }
+    }
+}
+
+/// Tells each increase of a counter, with the index of the tick in which it was. `up` says at which ticks its target was scraped.
+pub(super) fn increases(series: &Series, up: &[bool], grid: Grid, mut tell: impl FnMut(usize, f64)) {
+    let mut previous: Option<(usize, f64)> = None;
+    for &(time, value) in &series.points {
+        let Some(index) = grid.index(time) else { continue };
+        let before = match previous {
+            Some((at, before)) if at + 1 == index => Some(before),
+            // A counter that its target did not have a tick ago began at 0: the first error is an error. A target that was
+            // not there may have counted for long: its first sample is a base.
+            _ if index > 0 && up[index - 1] => Some(0.0),
+            _ => None,
+        };
+        previous = Some((index, value));
+        if !is_count(value) {
+            continue;
+        }
+        if let Some(before) = before.filter(|before| is_count(*before)) {
+            // A counter that fell has begun again from 0.
+            tell(index, if value < before { value } else { value - before });
+        }
+    }
+}
+
+/// The buckets of histograms as counters of what lies above each of `bounds`, and of all there is.
+///
+/// A histogram without the bucket of a bound counts up to the largest bound below it, which for a native histogram is the same.
+pub(super) fn above(buckets: &[Series], bounds: &[f64]) -> ([Vec<Series>; KINDS], Vec<Series>) {
+    let mut sorted: Vec<(&Series, &super::samples::Bucket)> =
+        buckets.iter().filter_map(|series| Some((series, series.bucket.as_ref()?))).collect();
+    sorted.sort_by(|(a, x), (b, y)| {
+        (&a.pod, &x.histogram).cmp(&(&b.pod, &y.histogram)).then(x.le.total_cmp(&y.le))
+    });
+    let (mut events, mut totals) = ([vec![], vec![]], vec![]);
+    for histogram in sorted.chunk_by(|(a, x), (b, y)| a.pod == b.pod && x.histogram == y.histogram) {
+        let Some((all, of)) = histogram.last().filter(|(_, bucket)| bucket.le == f64::INFINITY) else {
+            continue;
+        };
+        let made = |points| Series {
+            pod: all.pod.clone(),
+            instance: all.instance.clone(),
+            job: all.job.clone(),
+            labels: of.histogram.clone(),
+            bucket: None,
+            points,
+        };
+        for (events, bound) in events.iter_mut().zip(bounds) {
+            let below = histogram.iter().rev().find(|(_, bucket)| bucket.le <= *bound);
+            let mut low = below.map_or(&[][..], |(series, _)| &series.points).iter().peekable();
+            let points = all.points.iter().map(|&(time, count)| {
+                while low.next_if(|(at, _)| *at < time).is_some() {}
+                let under = low.peek().filter(|(at, _)| *at == time).map_or(0.0, |(_, under)| *under);
+                (time, (count - under).max(0.0))
+            });
+            events.push(made(points.collect()));
+        }
+        totals.push(made(all.points.clone()));
+    }
+    (events, totals)
+}
+
+/// Marks the ticks at which any of the series has a sample.
+fn mark(up: &mut [bool], series: &[(&Series, Counter)], grid: Grid) {
+    up.fill(false);
+    for (series, _) in series {
+        for &(time, value) in &series.points {
+            if let Some(index) = grid.index(time) {
+                up[index] |= is_count(value);
+            }
+        }
+    }
+}
+
+/// Whether a sample can be that of a counter.
+pub(super) fn is_count(value: f64) -> bool {
+    value.is_finite() && value >= 0.0
+}

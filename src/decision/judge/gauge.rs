@@ -1,0 +1,396 @@
+//! One value per pod, canary against baseline: moderated t tests on the pods' means and on their slopes. Pure.
+//!
+//! Pods are the replicates: a hundred samples of one pod are one measurement, since what makes it differ from another pod stays.
+//! How much pods differ is taken from the pre-flight and from the baseline's pods together.
+
+use std::f64::consts::PI;
+
+use crate::api::{Cause, Direction, Evidence, GaugeEvidence, GaugeSums, PodSums, Verdict};
+
+use super::{
+    AnswerHealth, Finding, Grid, Series, Trial,
+    counters::{BASELINE, CANARY},
+    power::{self, student_quantile, student_surprise},
+    quote,
+};
+
+/// Fresh ticks at the first look at the level; each later look waits twice as long.
+const FIRST_LOOK: i64 = 4;
+/// Fresh ticks at the first look at the slope.
+const FIRST_SLOPE: i64 = 16;
+/// Growth per hour beyond the baseline's that is still called equal, on the log scale.
+const SLOPE_TOLERANCE: f64 = 0.10;
+/// Degrees of freedom without which no test is made.
+const ENOUGH: f64 = 4.0;
+/// Baseline pods without which slopes are not compared.
+const SLOPE_PODS: usize = 3;
+/// Samples of a pod that make a mean.
+const SAMPLES: f64 = 4.0;
+/// Canary with a probability of 80 % beyond the alarm.
+const EIGHTY: f64 = 0.8416;
+
+/// A gauge that is compared.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Compared<'a> {
+    pub(super) trial: &'a Trial,
+    pub(super) direction: Direction,
+    /// Relative change for the worse that is called equal.
+    pub(super) tolerance: f64,
+    /// Pods of the baseline.
+    pub(super) baseline: &'a super::Arm,
+}
+
+/// What the pods' means say.
+struct Level {
+    /// Mean of the arms' pods on the scale that is compared, canary and baseline.
+    means: [f64; 2],
+    pods: [f64; 2],
+    /// Variance between pods, and its degrees of freedom.
+    variance: f64,
+    df: f64,
+    /// Whether the plain values are compared, since their logarithms have no meaning.
+    plain: bool,
+}
+
+/// Folds the ticks after `grid.from`.
+pub(super) fn fold(
+    gauge: &Compared<'_>,
+    mut evidence: Evidence,
+    values: &[Series],
+    grid: Grid,
+) -> (Evidence, AnswerHealth) {
+    let trial = gauge.trial;
+    let query = || quote(&trial.queries().pop().unwrap_or_default());
+    let mut sorted: Vec<(&Series, usize)> = vec![];
+    let mut fault = None;
+    for series in values {
+        if series.pod.is_empty() {
+            fault = Some("a series without the label pod: keep it in the result, as in sum by (pod) (...)");
+        } else if trial.arms.canary.owns(&series.pod) {
+            sorted.push((series, CANARY));
+        } else if gauge.baseline.owns(&series.pod) {
+            sorted.push((series, BASELINE));
+        }
+    }
+    sorted.sort_by(|(a, _), (b, _)| a.key().cmp(&b.key()));
+    if sorted.windows(2).any(|pair| pair[0].0.pod == pair[1].0.pod) {
+        fault = Some("several series of one pod: aggregate them, as in sum by (pod) (...)");
+    }
+    if let Some(fault) = fault {
+        evidence.last_tick = evidence.last_tick.max(grid.last());
+        return (
+            evidence,
+            AnswerHealth::Malformed(format!("the query gives {fault}; the query is {}", query())),
+        );
+    }
+    let mut seen = evidence.gauge.take().unwrap_or_default();
+    let mut sums =
+        seen.sums.take().unwrap_or_else(|| Box::new(GaugeSums { from: grid.from, ..GaugeSums::default() }));
+    let mut next: Vec<usize> = vec![0; sorted.len()];
+    let (mut present, mut finite) = ([false; 2], [false; 2]);
+    for index in 1..grid.len() {
+        let tick = grid.tick(index);
+        if tick <= evidence.last_tick {
+            continue;
+        }
+        evidence.last_tick = tick;
+        (present, finite) = ([false; 2], [false; 2]);
+        let now: Vec<Option<f64>> = sorted
+            .iter()
+            .zip(&mut next)
+            .map(|((series, arm), next)| {
+                while series.points.get(*next).is_some_and(|(time, _)| *time < tick) {
+                    *next += 1;
+                }
+                let value = series.points.get(*next).filter(|(time, _)| *time == tick)?.1;
+                present[*arm] = true;
+                finite[*arm] |= value.is_finite();
+                Some(value)
+            })
+            .collect();
+        if !(present[CANARY] && present[BASELINE]) {
+            continue;
+        }
+        let whole = finite[CANARY] && finite[BASELINE];
+        evidence.fresh_ticks += i64::from(whole);
+        let time = (tick - sums.from) as f64 / 3600.0;
+        for ((series, arm), value) in sorted.iter().zip(now) {
+            let Some(value) = value else { continue };
+            sums.dropped.1 += 1;
+            if !value.is_finite() {
+                sums.dropped.0 += 1;
+            } else if whole {
+                match sums.pods[*arm].get_mut(&series.pod) {
+                    Some(pod) => count(pod, time, value),
+                    None => {
+                        let mut pod = PodSums::default();
+                        count(&mut pod, time, value);
+                        sums.pods[*arm].insert(series.pod.clone(), pod);
+                    }
+                }
+            }
+        }
+        if whole && looks(evidence.fresh_ticks, trial.bake) {
+            look(gauge, &sums, evidence.fresh_ticks, &mut seen);
+        }
+    }
+    let half_dropped = 2 * sums.dropped.0 > sums.dropped.1;
+    seen.sums = Some(sums);
+    evidence.gauge = Some(seen);
+    let missing = |reason, which: &str| {
+        AnswerHealth::NoData(
+            reason,
+            format!(
+                "Prometheus answers, but holds samples of {which}: check the metric's name, and that the pods are scraped with the \
+                 labels namespace and pod, in {}",
+                query()
+            ),
+        )
+    };
+    // Where no tick was new, what was last said of them stands.
+    if grid.ticks == 0 {
+        let last = |arm: usize| sorted.iter().any(|(series, of)| *of == arm && !series.points.is_empty());
+        (present, finite) = ([last(CANARY), last(BASELINE)], [true; 2]);
+    }
+    let health = match present {
+        [false, false] => missing(Cause::Missing, "neither the canary's nor the baseline's pods"),
+        [false, true] => missing(Cause::CanaryMissing, "the baseline's pods, but not the canary's"),
+        [true, false] => missing(Cause::BaselineMissing, "the canary's pods, but not the baseline's"),
+        [true, true] if half_dropped || !(finite[CANARY] && finite[BASELINE]) => AnswerHealth::Blind(
+            Cause::NotANumber,
+            format!(
+                "the value of a pod is NaN or infinite, which is no measurement (often a division by zero requests) and is passed over, in {}",
+                query()
+            ),
+        ),
+        _ => AnswerHealth::Good,
+    };
+    (evidence, health)
+}
+
+fn count(pod: &mut PodSums, t: f64, value: f64) {
+    pod.n += 1.0;
+    pod.plain += value;
+    if value > 0.0 {
+        let y = value.ln();
+        pod.y += y;
+        pod.t += t;
+        pod.tt += t * t;
+        pod.ty += t * y;
+    } else {
+        pod.signed = true;
+    }
+}
+
+/// Whether a look is due: at 4, 8, 16 and so on fresh ticks, and at the end of the bake.
+fn looks(ticks: i64, bake: i64) -> bool {
+    ticks >= FIRST_LOOK
+        && (ticks % FIRST_LOOK == 0 && (ticks / FIRST_LOOK).count_ones() == 1 || ticks == bake)
+}
+
+/// ln of the share of a KPI's probability that look number `q`, from 1, has: half for the level or the slope, times 6/(pi² q²).
+fn look_share(q: i32) -> f64 {
+    (3.0 / (PI * PI * f64::from(q).powi(2))).ln()
+}
+
+fn look(gauge: &Compared<'_>, sums: &GaugeSums, ticks: i64, seen: &mut GaugeEvidence) {
+    seen.looks += 1;
+    if let Some(level) = level(gauge, sums).filter(|level| level.df >= ENOUGH) {
+        let t = (worse(gauge, &level) - tolerated(gauge, &level)) / error(&level);
+        if t > 0.0 {
+            seen.peak = seen.peak.max(student_surprise(t, level.df) + look_share(seen.looks));
+        }
+    }
+    let skipped = (FIRST_SLOPE / FIRST_LOOK).ilog2() as i32;
+    if ticks >= FIRST_SLOPE
+        && let Some((t, df)) = slope(gauge, sums).filter(|(t, _)| *t > 0.0)
+    {
+        seen.peak = seen.peak.max(student_surprise(t, df) + look_share((seen.looks - skipped).max(1)));
+    }
+}
+
+/// How much worse the canary is, on the scale that is compared.
+fn worse(gauge: &Compared<'_>, level: &Level) -> f64 {
+    let difference = level.means[CANARY] - level.means[BASELINE];
+    match gauge.direction {
+        Direction::LowerIsBetter => difference,
+        Direction::HigherIsBetter => -difference,
+    }
+}
+
+fn tolerated(gauge: &Compared<'_>, level: &Level) -> f64 {
+    if level.plain { gauge.tolerance * level.means[BASELINE].abs() } else { gauge.tolerance.ln_1p() }
+}
+
+/// Standard error of the difference of the arms' means.
+fn error(level: &Level) -> f64 {
+    (level.variance * (1.0 / level.pods[CANARY] + 1.0 / level.pods[BASELINE])).sqrt().max(f64::MIN_POSITIVE)
+}
+
+/// The pods' means, and how much pods differ: the pre-flight's variance and that of the baseline's pods, each by its degrees of
+/// freedom.
+fn level(gauge: &Compared<'_>, sums: &GaugeSums) -> Option<Level> {
+    let plain = sums.pods.iter().flat_map(|arm| arm.values()).any(|pod| pod.signed);
+    let values = |arm: usize| -> Vec<f64> {
+        let pods = sums.pods[arm].values().filter(|pod| pod.n >= SAMPLES);
+        pods.map(|pod| if plain { pod.plain } else { pod.y } / pod.n).collect()
+    };
+    let [canary, baseline] = [values(CANARY), values(BASELINE)];
+    if canary.is_empty() || baseline.is_empty() {
+        return None;
+    }
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+    let means = [mean(&canary), mean(&baseline)];
+    let squares: f64 = baseline.iter().map(|value| (value - means[BASELINE]).powi(2)).sum();
+    let (spread, d0) = learned(gauge.trial, plain);
+    let df = d0 + baseline.len() as f64 - 1.0;
+    let variance = if df > 0.0 { (d0 * spread * spread + squares) / df } else { 0.0 };
+    Some(Level { means, pods: [canary.len() as f64, baseline.len() as f64], variance, df, plain })
+}
+
+/// The spread between pods that the pre-flight has learned, and its degrees of freedom: none where it has learned nothing.
+fn learned(trial: &Trial, plain: bool) -> (f64, f64) {
+    match &trial.preflight {
+        Some(preflight) if preflight.pods > 1 => (
+            preflight.spread.get(usize::from(plain)).copied().unwrap_or_default(),
+            f64::from(preflight.pods) - 1.0,
+        ),
+        _ => (0.0, 0.0),
+    }
+}
+
+/// Student's t of the difference of the pods' slopes beyond what is tolerated, with its degrees of freedom: the baseline's alone.
+fn slope(gauge: &Compared<'_>, sums: &GaugeSums) -> Option<(f64, f64)> {
+    let slopes = |arm: usize| -> Vec<f64> {
+        let pods = sums.pods[arm].values().filter(|pod| !pod.signed && pod.n >= SAMPLES);
+        pods.filter_map(|pod| {
+            let (across, along) = (pod.tt - pod.t * pod.t / pod.n, pod.ty - pod.t * pod.y / pod.n);
+            (across > 0.0).then(|| along / across)
+        })
+        .collect()
+    };
+    let [canary, baseline] = [slopes(CANARY), slopes(BASELINE)];
+    if canary.is_empty() || baseline.len() < SLOPE_PODS {
+        return None;
+    }
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+    let df = baseline.len() as f64 - 1.0;
+    let middle = mean(&baseline);
+    let variance = baseline.iter().map(|slope| (slope - middle).powi(2)).sum::<f64>() / df;
+    let error = (variance * (1.0 / canary.len() as f64 + 1.0 / baseline.len() as f64)).sqrt();
+    let difference = match gauge.direction {
+        Direction::LowerIsBetter => mean(&canary) - middle,
+        Direction::HigherIsBetter => middle - mean(&canary),
+    };
+    Some(((difference - SLOPE_TOLERANCE) / error.max(f64::MIN_POSITIVE), df))
+}
+
+/// What the evidence says.
+pub(super) fn find(gauge: &Compared<'_>, evidence: &Evidence) -> Finding {
+    let trial = gauge.trial;
+    let nothing = GaugeEvidence::default();
+    let seen = evidence.gauge.as_ref().unwrap_or(&nothing);
+    let level = seen.sums.as_ref().and_then(|sums| level(gauge, sums));
+    let shown = |arm: usize| {
+        let level = level.as_ref()?;
+        Some(if level.plain { level.means[arm] } else { level.means[arm].exp() })
+    };
+    let (canary, baseline) = (shown(CANARY), shown(BASELINE));
+    let text = |value: Option<f64>| value.map_or_else(|| "no value yet".to_owned(), power_of_ten);
+    let numbers = format!(
+        "canary {} against baseline {}, evidence {:.1} of {:.1} needed",
+        text(canary),
+        text(baseline),
+        seen.peak,
+        trial.alarm_at
+    );
+    // What the stage's pods can ever give, whatever has been seen so far.
+    let df = learned(trial, false).1 + f64::from(gauge.baseline.pods) - 1.0;
+    let (verdict, reason, message) = if seen.peak >= trial.alarm_at {
+        (Verdict::Fail, Cause::Judged, numbers)
+    } else if df < ENOUGH {
+        let why = format!(
+            "{numbers}; advisory only: {} baseline pods{} cannot tell a change from the difference between any two pods",
+            gauge.baseline.pods,
+            if learned(trial, false).1 > 0.0 { " and the pre-flight's" } else { "" }
+        );
+        (Verdict::Inconclusive, Cause::NeedsPods, why)
+    } else if level.as_ref().is_none_or(|level| level.df < ENOUGH) || seen.looks == 0 {
+        (
+            Verdict::Inconclusive,
+            Cause::NeedsEvidence,
+            format!("{numbers}; the first look is at {FIRST_LOOK} samples of each pod"),
+        )
+    } else {
+        (Verdict::Pass, Cause::Judged, numbers)
+    };
+    // The smallest change that a look finds: beyond the tolerance by the alarm's quantile, and by the error of the estimate.
+    let finds = |looks: i32| {
+        let level = level.as_ref().filter(|level| level.df >= ENOUGH)?;
+        let quantile = student_quantile(trial.alarm_at - look_share(looks), level.df);
+        // The noncentrality at which Student's t exceeds its quantile so often (approximated; 0.80 to 0.81 from 4 degrees on): the
+        // error is itself an estimate, which matters the more the fewer the degrees of freedom.
+        let spread = (1.0 + quantile * quantile / (2.0 * level.df)).sqrt();
+        let away = quantile * (1.0 - 0.25 / level.df) + EIGHTY * spread;
+        let beyond = tolerated(gauge, level) + away * error(level);
+        let ratio = if level.plain { 1.0 + beyond / level.means[BASELINE].abs() } else { beyond.exp() };
+        ratio.is_finite().then_some(ratio)
+    };
+    let last = 1 + (trial.bake / FIRST_LOOK).max(1).ilog2() as i32 + 1;
+    let doubling = finds(1).filter(|ratio| *ratio <= 2.0).map(|_| FIRST_LOOK as f64);
+    Finding {
+        verdict,
+        reason,
+        message,
+        canary,
+        baseline,
+        change: level.as_ref().and_then(|level| change(level, seen.sums.as_deref()?)),
+        log_evidence: Some(seen.peak),
+        tolerated: Some(1.0 + gauge.tolerance),
+        detectable: finds(last),
+        doubling_ticks: doubling,
+    }
+}
+
+/// The relative change with its interval: Student's t on the pods of both arms and the pre-flight's variance.
+fn change(level: &Level, sums: &GaugeSums) -> Option<crate::api::Change> {
+    // The canary's own pods count as well here: an estimate wants all there is, a test must not be led by what it tests.
+    let canary: Vec<f64> = sums.pods[CANARY]
+        .values()
+        .filter(|pod| pod.n >= SAMPLES)
+        .map(|pod| if level.plain { pod.plain } else { pod.y } / pod.n)
+        .collect();
+    let squares: f64 = canary.iter().map(|value| (value - level.means[CANARY]).powi(2)).sum();
+    let df = level.df + level.pods[CANARY] - 1.0;
+    if df < 1.0 {
+        return None;
+    }
+    let variance = (level.variance * level.df.max(0.0) + squares) / df;
+    let error = (variance * (1.0 / level.pods[CANARY] + 1.0 / level.pods[BASELINE])).sqrt();
+    let half = student_quantile(-0.025_f64.ln(), df) * error;
+    let difference = level.means[CANARY] - level.means[BASELINE];
+    if !level.plain {
+        return Some(power::interval(difference, half));
+    }
+    let base = level.means[BASELINE].abs();
+    let relative = |value: f64| super::rounded(value / base);
+    (base > 0.0).then(|| crate::api::Change {
+        estimate: relative(difference),
+        low: relative(difference - half),
+        high: relative(difference + half),
+    })
+}
+
+/// A value with a prefix for its size, such as `12.3M`.
+fn power_of_ten(value: f64) -> String {
+    let size = value.abs();
+    let (divisor, prefix) = match size {
+        _ if size >= 1e9 => (1e9, "G"),
+        _ if size >= 1e6 => (1e6, "M"),
+        _ if size >= 1e4 => (1e3, "k"),
+        _ if size >= 1.0 || size == 0.0 => (1.0, ""),
+        _ if size >= 1e-3 => (1e-3, "m"),
+        _ => (1e-6, "µ"),
+    };
+    format!("{:.4}", value / divisor).trim_end_matches('0').trim_end_matches('.').to_owned() + prefix
+}

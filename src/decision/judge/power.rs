@@ -1,0 +1,155 @@
+//! What a stage can show, and what was brought: detectable changes, estimates of change with their intervals. Pure arithmetic.
+
+use statrs::distribution::{ContinuousCDF, StudentsT};
+
+use crate::api::{Change, Counts, StageChange, Track};
+
+use super::eprocess::mixture_cost;
+
+/// Quantile of the normal distribution for a probability of 80 %.
+const EIGHTY: f64 = 0.8416;
+
+/// Quantile of the normal distribution for a two-sided interval of 95 %.
+const NINETY_FIVE: f64 = 1.96;
+
+/// The largest ratio of canary to baseline that is looked for.
+const LARGEST: f64 = 1000.0;
+
+/// Requests of both arms in some span, and the share of events among the baseline's.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Rates {
+    pub(super) canary: f64,
+    pub(super) baseline: f64,
+    pub(super) share: f64,
+}
+
+impl Rates {
+    /// Per tick, as `ticks` ticks have shown; nothing while an arm has no requests.
+    pub(super) fn measured(canary: Counts, baseline: Counts, ticks: i64) -> Option<Self> {
+        let ticks = ticks as f64;
+        (canary.total > 0.0 && baseline.total > 0.0 && ticks > 0.0).then(|| Self {
+            canary: canary.total / ticks,
+            baseline: baseline.total / ticks,
+            // Half an event more, so that none seen is not none to come.
+            share: (baseline.events + 0.5) / (baseline.total + 1.0),
+        })
+    }
+
+    /// The same over a number of spans.
+    pub(super) fn over(self, spans: f64) -> Self {
+        Self { canary: self.canary * spans, baseline: self.baseline * spans, ..self }
+    }
+
+    /// Mean and variance of the log evidence against the tolerated ratio `r0` when the ratio is `ratio`: events times the
+    /// Kullback-Leibler divergence of their division between the arms, and times its variance.
+    fn evidence(self, r0: f64, ratio: f64) -> (f64, f64) {
+        let events = self.share * (self.baseline + ratio * self.canary);
+        let divided = |ratio: f64| ratio * self.canary / (ratio * self.canary + self.baseline);
+        let (t, t0) = (divided(ratio), divided(r0));
+        let (up, down) = ((t / t0).ln(), ((1.0 - t) / (1.0 - t0)).ln());
+        let mean = t * up + (1.0 - t) * down;
+        (events * mean, events * t * (1.0 - t) * (up - down).powi(2))
+    }
+}
+
+/// The smallest ratio of shares that evidence of `needed` nats finds with a probability of 80 % in what `rates` holds; `None` where
+/// there is none up to a thousandfold. The normal approximation to the sum of the log likelihood ratios, and what the mixture costs.
+pub(super) fn detectable(r0: f64, minimum_effect: f64, needed: f64, rates: Rates) -> Option<f64> {
+    let found = |ratio: f64| {
+        let (mean, variance) = rates.evidence(r0, ratio);
+        mean - EIGHTY * variance.sqrt() >= needed + mixture_cost()
+            && rates.share * (ratio - 1.0) >= minimum_effect
+    };
+    let largest = LARGEST.min(1.0 / rates.share);
+    if !(largest > r0 && found(largest)) {
+        return None;
+    }
+    let (mut low, mut high) = (r0, largest);
+    for _ in 0..30 {
+        let middle = (low * high).sqrt();
+        if found(middle) { high = middle } else { low = middle }
+    }
+    Some(high)
+}
+
+/// Ticks in which evidence of `needed` nats is to be expected when the ratio is `ratio`; `None` where that is tolerated.
+pub(super) fn ticks_to_find(
+    ratio: f64,
+    r0: f64,
+    minimum_effect: f64,
+    needed: f64,
+    per_tick: Rates,
+) -> Option<f64> {
+    if ratio <= r0 || per_tick.share * (ratio - 1.0) < minimum_effect {
+        return None;
+    }
+    let (mean, _) = per_tick.evidence(r0, ratio);
+    (mean > 0.0).then(|| (needed + mixture_cost()) / mean)
+}
+
+/// The relative change of a share of requests. The interval is that of the logarithm of a ratio of two counts, and of pods whose log
+/// rates have the standard deviation `spread`.
+pub(super) fn share_change(
+    canary: Counts,
+    baseline: Counts,
+    spread: f64,
+    kc: i32,
+    kb: i32,
+) -> Option<Change> {
+    if canary.total <= 0.0 || baseline.total <= 0.0 || canary.events + baseline.events <= 0.0 {
+        return None;
+    }
+    // Half an event more on each side, so that a side without events has a logarithm.
+    let rate = |counts: Counts| (counts.events + 0.5) / (counts.total + 1.0);
+    let difference = (rate(canary) / rate(baseline)).ln();
+    let pods = spread * spread * (1.0 / f64::from(kc.max(1)) + 1.0 / f64::from(kb.max(1)));
+    let error = (1.0 / (canary.events + 0.5) + 1.0 / (baseline.events + 0.5) + pods).sqrt();
+    Some(interval(difference, NINETY_FIVE * error))
+}
+
+/// A change from the difference of two logarithms and half the length of its interval.
+pub(super) fn interval(difference: f64, half: f64) -> Change {
+    let change = |log: f64| super::rounded(log.exp_m1());
+    Change { estimate: change(difference), low: change(difference - half), high: change(difference + half) }
+}
+
+/// Several measurements of one change together, each weighted by the inverse of its variance on the log scale; those of production
+/// where there are any, else those of staging. `None` without a measurement.
+pub fn pooled(stages: &[StageChange]) -> Option<Change> {
+    let production = stages.iter().any(|stage| stage.track == Track::Production);
+    let track = if production { Track::Production } else { Track::Staging };
+    let (mut weights, mut sum) = (0.0, 0.0);
+    for StageChange { change, .. } in stages.iter().filter(|stage| stage.track == track) {
+        let error = (change.high.ln_1p() - change.low.ln_1p()) / (2.0 * NINETY_FIVE);
+        // An interval without length, or one that reaches to nothing at all, has no weight of its own.
+        let weight = 1.0 / error.max(1e-6).powi(2);
+        if weight.is_finite() && change.estimate.ln_1p().is_finite() {
+            weights += weight;
+            sum += weight * change.estimate.ln_1p();
+        }
+    }
+    (weights > 0.0).then(|| interval(sum / weights, NINETY_FIVE / weights.sqrt()))
+}
+
+/// Natural logarithm of 1/p, where p is the probability that Student's t with `df` degrees of freedom exceeds `t`.
+pub(super) fn student_surprise(t: f64, df: f64) -> f64 {
+    // Beyond what a floating-point number holds it is certain enough.
+    const CERTAIN: f64 = 700.0;
+    match StudentsT::new(0.0, 1.0, df) {
+        Ok(student) => -student.sf(t).max((-CERTAIN).exp()).ln(),
+        Err(_) => 0.0,
+    }
+}
+
+/// The value that Student's t with `df` degrees of freedom exceeds with a surprise of `surprise` nats.
+pub(super) fn student_quantile(surprise: f64, df: f64) -> f64 {
+    let (mut low, mut high) = (0.0, 1.0);
+    while student_surprise(high, df) < surprise && high < 1e9 {
+        high *= 2.0;
+    }
+    for _ in 0..30 {
+        let middle = 0.5 * (low + high);
+        if student_surprise(middle, df) < surprise { low = middle } else { high = middle }
+    }
+    high
+}

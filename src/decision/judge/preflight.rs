@@ -1,0 +1,273 @@
+//! What is learned from running pods before any evidence is looked at: how much pods that do the same work differ, and what slow
+//! means. Pure.
+//!
+//! Without it, different pods look like a regression: two arms of unlike pods do not have the same rate, however healthy.
+
+use crate::api::{Counts, Evidence, Preflight, Track};
+
+use super::{
+    Answer, AnswerHealth, Grid, Kpi, Series, Test, Tick,
+    counters::{self, increases, is_count},
+    query,
+};
+
+/// Standard deviation of the logarithm of a share between pods that do the same work, where nothing could be learned: the cautious
+/// end of the range. It costs delay, where too small a value would cost false rollbacks.
+pub const CAUTIOUS: f64 = 0.5;
+/// The other end of the range: what is learned from a few minutes is never taken to be less.
+pub const LEAST: f64 = 0.10;
+/// The least spread of a gauge on the log scale, and as a share of its mean on the plain one.
+const LEAST_GAUGE: f64 = 0.05;
+
+/// Blocks into which the span is divided; each is one measurement of each pod.
+const BLOCKS: i64 = 10;
+/// Blocks of a pod without which it is left out.
+const ENOUGH_BLOCKS: usize = 5;
+/// Pods without which nothing is learned of their differences.
+const ENOUGH_PODS: usize = 3;
+/// Shares of the baseline's requests that are to lie above the two bounds of a latency.
+const SLOW: [f64; 2] = [0.05, 0.01];
+
+/// What is to be asked before the evidence of a KPI can begin.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lesson {
+    /// The KPI.
+    pub kpi: Kpi,
+    /// Where it is learned.
+    pub track: Track,
+    /// Namespace of the pods.
+    pub namespace: String,
+    /// Deployments whose pods have every optimization of the pass off.
+    pub deployments: Vec<String>,
+    /// End of the span; evidence begins here.
+    pub until: Tick,
+    /// Length of a block, in seconds.
+    pub block: i64,
+    /// Spacing of the evidence's grid, in seconds.
+    pub step: i64,
+}
+
+impl Lesson {
+    /// A lesson from the `span` seconds before `until`.
+    pub fn over(
+        kpi: &Kpi,
+        track: Track,
+        namespace: &str,
+        deployments: Vec<String>,
+        until: Tick,
+        span: i64,
+        step: i64,
+    ) -> Self {
+        let block = (span / BLOCKS).max(step).max(1);
+        Self { kpi: kpi.clone(), track, namespace: namespace.to_owned(), deployments, until, block, step }
+    }
+
+    /// First tick of the span.
+    pub fn from(&self) -> Tick {
+        self.until - BLOCKS * self.block
+    }
+
+    /// The range queries, from [`Self::from`] to `until` by `block`.
+    pub fn queries(&self) -> Vec<String> {
+        query::lesson(&self.kpi, &self.namespace, &self.deployments, self.step)
+    }
+
+    /// Learns from the answers. Nothing (`Ok(None)`) while there is nothing from which to choose the bounds of a latency: they
+    /// are waited for, as evidence cannot begin without them.
+    ///
+    /// # Errors
+    /// When an answer is none.
+    pub fn learn(&self, answers: &[Answer]) -> Result<Option<Preflight>, AnswerHealth> {
+        let mut read = vec![];
+        for answer in answers {
+            match answer {
+                Answer::Series(series) => read.push(series.as_slice()),
+                Answer::Down(why) => return Err(AnswerHealth::Down(why.clone())),
+                Answer::Malformed(why) => return Err(AnswerHealth::Malformed(why.clone())),
+            }
+        }
+        let grid = Grid { from: self.from(), step: self.block, ticks: BLOCKS };
+        let nothing = Preflight {
+            kpi: self.kpi.name.clone(),
+            track: self.track,
+            until: self.until,
+            pods: 0,
+            spread: vec![],
+            bounds: vec![],
+            native: false,
+            rate: Counts::default(),
+        };
+        Ok(match (&self.kpi.test, read.as_slice()) {
+            (Test::ErrorRatio { .. }, [errors, total]) => {
+                let blocks = Blocks::of(&[errors], total, grid);
+                let (pods, spread) = blocks.spread(0);
+                Some(Preflight { pods, spread: vec![spread], rate: blocks.rate(self.block), ..nothing })
+            }
+            (Test::Latency { .. }, [buckets]) => {
+                let Some((bounds, native)) = bounds(buckets, grid) else { return Ok(None) };
+                let values: Vec<f64> = bounds.iter().filter_map(|text| text.parse().ok()).collect();
+                let (events, total) = counters::above(buckets, &values);
+                let events: Vec<_> = events.iter().take(bounds.len()).map(Vec::as_slice).collect();
+                let blocks = Blocks::of(&events, &total, grid);
+                let learned: Vec<_> = (0..bounds.len()).map(|kind| blocks.spread(kind)).collect();
+                let pods = learned.iter().map(|(pods, _)| *pods).min().unwrap_or_default();
+                let spread = learned.into_iter().map(|(_, spread)| spread).collect();
+                Some(Preflight { pods, spread, bounds, native, rate: blocks.rate(self.block), ..nothing })
+            }
+            (Test::Gauge { .. }, [values]) => {
+                let (pods, spread) = gauge_spread(values, grid);
+                Some(Preflight { pods, spread, ..nothing })
+            }
+            _ => Some(nothing),
+        })
+    }
+}
+
+/// What each pod has counted in each block: events of each kind and requests.
+struct Blocks {
+    /// By kind: rows of pods that were there in enough blocks, each a count per block where the pod has one.
+    events: Vec<Vec<Vec<f64>>>,
+    total: Vec<Vec<Option<f64>>>,
+}
+
+impl Blocks {
+    fn of(events: &[&[Series]], total: &[Series], grid: Grid) -> Self {
+        let mut names: Vec<&str> = total.iter().map(|series| series.pod.as_str()).collect();
+        names.sort_unstable();
+        names.dedup();
+        let mut blocks = Self { events: vec![vec![]; events.len()], total: vec![] };
+        for pod in names.into_iter().filter(|pod| !pod.is_empty()) {
+            let of = |series: &&Series| series.pod == pod;
+            let mut up = vec![false; grid.len()];
+            for (time, value) in total.iter().filter(of).flat_map(|series| &series.points) {
+                if let Some(index) = grid.index(*time) {
+                    up[index] |= is_count(*value);
+                }
+            }
+            let mut counted = vec![None; grid.len()];
+            for series in total.iter().filter(of) {
+                increases(series, &up, grid, |index, increase| {
+                    *counted[index].get_or_insert(0.0) += increase;
+                });
+            }
+            if counted.iter().flatten().count() < ENOUGH_BLOCKS {
+                continue;
+            }
+            for (kind, events) in events.iter().enumerate() {
+                let mut row = vec![0.0; grid.len()];
+                for series in events.iter().filter(of) {
+                    increases(series, &up, grid, |index, increase| row[index] += increase);
+                }
+                blocks.events[kind].push(row);
+            }
+            blocks.total.push(counted);
+        }
+        blocks
+    }
+
+    /// How many pods were told apart, and the standard deviation of their log rates: the variance of the counts beyond that of
+    /// counting, divided by that of the expected counts. With e = n·p of each pod and block, p the rate of all pods in that
+    /// block and c = (K-1)/K: tau² = (sum (x-e)² - c·sum e) / (c·sum e²).
+    fn spread(&self, kind: usize) -> (i32, f64) {
+        let pods = self.total.len();
+        let requests: f64 = self.total.iter().flatten().flatten().sum();
+        if pods < ENOUGH_PODS || requests <= 0.0 {
+            return (0, CAUTIOUS);
+        }
+        let c = (pods as f64 - 1.0) / pods as f64;
+        let (mut squares, mut expected, mut expected_squares) = (0.0, 0.0, 0.0);
+        for block in 0..self.total.first().map_or(0, Vec::len) {
+            let there = || {
+                let rows = self.total.iter().zip(&self.events[kind]);
+                rows.filter_map(move |(total, events)| Some((total[block]?, events[block])))
+            };
+            let (n, x) = there().fold((0.0, 0.0), |(n, x), (total, events)| (n + total, x + events));
+            if n <= 0.0 {
+                continue;
+            }
+            for (total, events) in there() {
+                let e = total * x / n;
+                squares += (events - e).powi(2);
+                expected += e;
+                expected_squares += e * e;
+            }
+        }
+        let variance = match expected_squares > 0.0 {
+            true => ((squares - c * expected) / (c * expected_squares)).max(0.0),
+            false => 0.0,
+        };
+        (i32::try_from(pods).unwrap_or(i32::MAX), super::rounded(variance.sqrt().clamp(LEAST, CAUTIOUS)))
+    }
+
+    /// Events of the first kind and requests, per second and pod.
+    fn rate(&self, block: i64) -> Counts {
+        let seconds = (self.total.iter().flatten().flatten().count() as f64 * block as f64).max(1.0);
+        let total: f64 = self.total.iter().flatten().flatten().sum();
+        let events: f64 = self.events.first().map_or(0.0, |rows| rows.iter().flatten().sum());
+        Counts { events: super::rounded(events / seconds), total: super::rounded(total / seconds) }
+    }
+}
+
+/// The largest bounds that enough requests exceed, the lower first, and whether the histogram is a native one; where none are
+/// exceeded that often, the least bound there is. One bound where both are the same.
+fn bounds(buckets: &[Series], grid: Grid) -> Option<(Vec<String>, bool)> {
+    let mut counted: Vec<(f64, &str, f64)> = vec![];
+    for series in buckets {
+        let Some(bucket) = &series.bucket else { continue };
+        // Over the whole span, of pods of any age: the choice of a bound needs no spread.
+        let mut sum = 0.0;
+        let up = vec![false; grid.len()];
+        increases(series, &up, grid, |_, increase| sum += increase);
+        match counted.iter_mut().find(|(le, ..)| *le == bucket.le) {
+            Some((.., count)) => *count += sum,
+            None => counted.push((bucket.le, &bucket.text, sum)),
+        }
+    }
+    counted.sort_by(|(a, ..), (b, ..)| a.total_cmp(b));
+    let (_, _, all) = *counted.last().filter(|(le, _, all)| *le == f64::INFINITY && *all > 0.0)?;
+    counted.pop();
+    let exceeded = |share: f64| {
+        let found = counted.iter().rev().find(|(.., up_to)| all - up_to >= share * all);
+        found.or(counted.first()).map(|(_, text, _)| (*text).to_owned())
+    };
+    let mut bounds: Vec<String> = SLOW.iter().filter_map(|share| exceeded(*share)).collect();
+    bounds.dedup();
+    let native = buckets.iter().any(|series| series.bucket.as_ref().is_some_and(|bucket| bucket.native));
+    (!bounds.is_empty()).then_some((bounds, native))
+}
+
+/// How many pods were told apart, and the standard deviations between their means: of the logarithms and of the plain values.
+fn gauge_spread(values: &[Series], grid: Grid) -> (i32, Vec<f64>) {
+    let mut means: Vec<(Option<f64>, f64)> = vec![];
+    for series in values {
+        let finite = || {
+            let points = series.points.iter();
+            points.filter(|(time, value)| grid.index(*time).is_some() && value.is_finite()).map(|(_, v)| *v)
+        };
+        let n = finite().count();
+        if n < ENOUGH_BLOCKS {
+            continue;
+        }
+        let positive = finite().all(|value| value > 0.0);
+        let logs = positive.then(|| finite().map(f64::ln).sum::<f64>() / n as f64);
+        means.push((logs, finite().sum::<f64>() / n as f64));
+    }
+    if means.len() < ENOUGH_PODS {
+        return (0, vec![]);
+    }
+    let deviation = |values: &[f64]| {
+        let mean = values.iter().sum::<f64>() / values.len() as f64;
+        let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+        (mean, (squares / (values.len() as f64 - 1.0)).sqrt())
+    };
+    let logs: Option<Vec<f64>> = means.iter().map(|(log, _)| *log).collect();
+    let log = logs.map_or(LEAST_GAUGE, |logs| deviation(&logs).1.max(LEAST_GAUGE));
+    let (mean, plain) = deviation(&means.iter().map(|(_, plain)| *plain).collect::<Vec<_>>());
+    let plain = plain.max(LEAST_GAUGE * mean.abs());
+    (i32::try_from(means.len()).unwrap_or(i32::MAX), vec![super::rounded(log), super::rounded(plain)])
+}
+
+/// Evidence that begins at a tick.
+pub fn beginning(tick: Tick) -> Evidence {
+    Evidence { last_tick: tick, ..Evidence::default() }
+}

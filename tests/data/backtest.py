@@ -1,0 +1,124 @@
+"""Makes the data sets that tests/plugin.rs judges, and the evidence of their error ratios by the formula that `kubectl synthex
+explain` prints, written here a second time. Run: python3 tests/data/backtest.py"""
+
+import json
+import math
+import os
+import random
+
+STEP, TICKS, START = 15, 40, 1_700_000_010
+HERE = os.path.dirname(__file__)
+CANARY, BASELINE = ["experts-canary-5d-a", "experts-canary-5d-b"], ["experts-baseline-7f-a", "experts-baseline-7f-b"]
+
+
+def counters(pods, increments):
+    """Series of counters, from one list of increments per pod."""
+    series = []
+    for pod, steps in zip(pods, increments):
+        value, samples = 1000, [[START, 1000]]
+        for tick, step in enumerate(steps, 1):
+            value += step
+            samples.append([START + tick * STEP, value])
+        series.append({"pod": pod, "samples": samples})
+    return series
+
+
+def evidence(x, n, y, m, r0):
+    """Log evidence after each tick, without the rule that a difference must matter."""
+    ks = [1.25, 1.6, 2, 3, 5, 10, 30]
+    weights = [0.5] * len(ks)
+    told = []
+    for t, (x, n, y, m) in enumerate(zip(x, n, y, m), 1):
+        s = lambda r: r * n / (r * n + m)
+        if t > 1:
+            weights = [w + 0.5 / ((t - 1) * t) for w in weights]
+        weights = [
+            w * (s(r0 * k) / s(r0)) ** x * ((1 - s(r0 * k)) / (1 - s(r0))) ** y for w, k in zip(weights, ks)
+        ]
+        told.append(math.log(sum(weights) / len(weights) + 0.5 / t))
+    return told
+
+
+def data_set(seed, harm):
+    rng = random.Random(seed)
+    spread, tolerance = 0.1, 1.25
+    rate = lambda arm, tick: 0.01 * (harm if arm is CANARY and tick > 10 else 1)
+    total = {pod: [rng.randint(80, 120) for _ in range(TICKS)] for pod in CANARY + BASELINE}
+    errors = {
+        pod: [sum(rng.random() < rate(arm, tick) for _ in range(total[pod][tick])) for tick in range(TICKS)]
+        for arm in (CANARY, BASELINE)
+        for pod in arm
+    }
+    pods = CANARY + BASELINE
+    of = lambda counts: counters(pods, [counts[pod] for pod in pods])
+    column = lambda arm, counts: [sum(counts[pod][tick] for pod in arm) for tick in range(TICKS)]
+    r0 = max(tolerance, math.exp(3 * spread * math.sqrt(1 / 2 + 1 / 2)))
+    told = evidence(
+        column(CANARY, errors), column(CANARY, total), column(BASELINE, errors), column(BASELINE, total), r0
+    )
+    memory = lambda pod: [[START + t * STEP, 1e8 * (1 + 0.001 * rng.random())] for t in range(TICKS + 1)]
+    ticks = {"from": START, "until": START + TICKS * STEP}
+    learned = {"track": "Production", "until": START, "pods": 8}
+    whole = {
+        "version": 1,
+        "rollout": "shop/experts",
+        "stage": "canary",
+        "attempt": 1,
+        "stages": 5,
+        "step": STEP,
+        "bake": TICKS,
+        "arms": {
+            "namespace": "shop",
+            "canary": {"deployment": "experts-canary", "pods": 2},
+            "baseline": {"deployment": "experts-baseline", "pods": 2},
+        },
+        "kpis": [
+            {
+                "owner": "connections",
+                "definition": {
+                    "name": "errors",
+                    "errorRatio": {
+                        "errors": "errors_total{$arm}",
+                        "total": "requests_total{$arm}",
+                        "tolerance": tolerance,
+                        "minimumEffect": 0.001,
+                    },
+                },
+                "preflight": {**learned, "kpi": "errors", "spread": [spread]},
+                **ticks,
+                "queries": [{"series": of(errors)}, {"series": of(total)}],
+            },
+            {
+                "definition": {"name": "memory", "gauge": {"query": "memory_bytes{$arm}"}},
+                "preflight": {**learned, "kpi": "memory", "spread": [0.05, 5e6]},
+                **ticks,
+                "queries": [{"series": [{"pod": pod, "samples": memory(pod)} for pod in pods]}],
+            },
+            {
+                "definition": {
+                    "name": "hits",
+                    "observeOnly": True,
+                    "threshold": {"query": "hits{$arm}", "min": 0.8, "consecutive": 3},
+                },
+                **ticks,
+                "queries": [
+                    {"series": [{"samples": [[START + STEP, "NaN"], [START + 2 * STEP, 0.9], [START + 3 * STEP, 0.7]]}]},
+                    {"series": []},
+                ],
+            },
+        ],
+    }
+    return whole, told
+
+
+def write(name, value):
+    with open(os.path.join(HERE, name), "w") as file:
+        json.dump(value, file, separators=(",", ":"))
+        file.write("\n")
+
+
+expected = {}
+for name, harm in [("alarm", 4), ("healthy", 1)]:
+    whole, expected[name] = data_set(7, harm)
+    write(f"backtest-{name}.json", whole)
+write("backtest-expected.json", expected)

@@ -1,0 +1,592 @@
+//! What a verdict leads to: the rows of the safety table that the state machine decides. Each row is a KPI's status and how long it
+//! has stood, and what must and must not follow. What each odd answer of Prometheus is called is tested in `prometheus.rs` and in
+//! `judge/`.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+use serde_json::{Value, json};
+use synthex_operator::{
+    api::{
+        Carry, Cause, Change, Counts, Evidence, GaugeEvidence, KpiStatus, OptimizationRollout,
+        OptimizationState, OptimizationStatus, Phase, Preflight, RolloutStatus, ShareEvidence, StageStatus,
+        Step, Track, Verdict, What,
+    },
+    decision::{
+        judge::Test,
+        machine::{self, Plan},
+        render::Variant,
+        resolve::{Defaults, Rollout, resolve},
+        snapshot::{Observed, Pod, Snapshot, Verb},
+    },
+};
+
+const NOW: i64 = 1_000_000;
+
+fn rollout(analysis: &Value) -> Rollout {
+    let ratio = |name: &str, required: bool| json!({"name": name, "required": required, "errorRatio": {"errors": "e{$arm}", "total": "t{$arm}"}});
+    let promise = |on_miss: &str| {
+        json!({"name": "memory", "required": false, "expect": {"change": -0.35, "onMiss": on_miss},
+               "gauge": {"query": "m{$arm}"}})
+    };
+    let on_miss = analysis["onMiss"].as_str().unwrap_or("Warn");
+    let mut analysis = analysis.clone();
+    analysis.as_object_mut().unwrap().remove("onMiss");
+    let spec = json!({
+        "workload": {"runtime": {"replicas": 10, "config": {
+            "experts": [{"name": "alpha", "kind": "http", "url": "http://alpha:8000/query"}],
+        }}},
+        "optimizations": [
+            {"name": "memory", "kpis": [promise(on_miss)]},
+            {"name": "connections", "kpis": [ratio("upstream", true)]},
+            {"name": "monitoring", "kpis": [ratio("optional", false)]},
+        ],
+        "kpis": [ratio("errors", true), {"name": "shown", "observeOnly": true, "threshold": {"query": "q", "max": 1.0}}],
+        "stages": [
+            {"name": "canary", "duration": "10m", "weight": 10},
+            {"name": "half", "duration": "10m", "weight": 50},
+        ],
+        "analysis": analysis,
+    });
+    let mut object = OptimizationRollout::new("experts", serde_json::from_value(spec).unwrap());
+    object.metadata.namespace = Some("shop".into());
+    let defaults = Defaults { runtime_image: "r:dev".into(), prometheus_url: "http://p:9090".into() };
+    resolve(&object, &defaults).unwrap()
+}
+
+fn ago(seconds: i64) -> Time {
+    Time(Timestamp::from_second(NOW - seconds).unwrap())
+}
+
+/// A KPI that has stood like this for some seconds.
+fn kpi(name: &str, owner: Option<&str>, verdict: Verdict, reason: Cause, since: i64) -> KpiStatus {
+    let share = ShareEvidence {
+        canary: Counts { events: 5.0, total: 9000.0 },
+        baseline: Counts { events: 5.0, total: 9000.0 },
+        ..Default::default()
+    };
+    KpiStatus {
+        name: name.into(),
+        owner: owner.map(str::to_owned),
+        verdict,
+        reason,
+        since: Some(ago(since)),
+        message: format!("{name} says so"),
+        canary: Some(0.001),
+        baseline: Some(0.001),
+        change: None,
+        log_evidence: Some(0.0),
+        alarm_at: Some(8.0),
+        tolerated: Some(1.5),
+        detectable: None,
+        doubling_found_in: None,
+        evidence: Some(Evidence {
+            last_tick: NOW - 30,
+            fresh_ticks: 60,
+            shares: vec![share],
+            ..Evidence::default()
+        }),
+    }
+}
+
+fn healthy() -> Vec<KpiStatus> {
+    vec![
+        kpi("errors", None, Verdict::Pass, Cause::Judged, 600),
+        kpi("shown", None, Verdict::Pass, Cause::Judged, 600),
+        kpi("memory", Some("memory"), Verdict::Pass, Cause::Judged, 600),
+        kpi("upstream", Some("connections"), Verdict::Pass, Cause::Judged, 600),
+        kpi("optional", Some("monitoring"), Verdict::Pass, Cause::Judged, 600),
+    ]
+}
+
+/// Healthy KPIs but for some.
+fn but(changed: &[KpiStatus]) -> Vec<KpiStatus> {
+    let mut kpis = healthy();
+    for kpi in changed {
+        *kpis.iter_mut().find(|known| known.name == kpi.name).unwrap() = kpi.clone();
+    }
+    kpis
+}
+
+/// The status of a rollout in mid-canary whose bake of 10 minutes is over.
+fn status(kpis: &[KpiStatus]) -> RolloutStatus {
+    let optimization = |name: &str| OptimizationStatus {
+        name: name.into(),
+        state: OptimizationState::Active,
+        stage: "canary".into(),
+        since: ago(2000),
+        reason: String::new(),
+        benefit: String::new(),
+        config_hash: String::new(),
+    };
+    let mut learned = vec![];
+    for (name, spread) in [("errors", 1), ("upstream", 1), ("optional", 1), ("memory", 2)] {
+        learned.push(Preflight {
+            kpi: name.into(),
+            track: Track::Production,
+            until: NOW - 1500,
+            pods: 8,
+            spread: vec![0.1; spread],
+            bounds: vec![],
+            native: false,
+            rate: Counts { events: 0.05, total: 50.0 },
+        });
+    }
+    RolloutStatus {
+        stage: Some(StageStatus {
+            name: "canary".into(),
+            index: 0,
+            step: Step::Observing,
+            attempt: 1,
+            entered_at: ago(2000),
+            attempt_at: ago(2000),
+            subject: String::new(),
+            exposed_at: Some(ago(1600)),
+            observed: Default::default(),
+            blame: None,
+            promoted: None,
+            foretold: false,
+            before: None,
+        }),
+        optimizations: ["memory", "connections", "monitoring"].map(optimization).into(),
+        kpis: kpis.to_vec(),
+        preflight: learned,
+        ..RolloutStatus::default()
+    }
+}
+
+fn plan(analysis: &Value, kpis: Vec<KpiStatus>, change: impl FnOnce(&mut Snapshot)) -> Plan {
+    let rollout = rollout(analysis);
+    let mut status = status(&kpis);
+    for optimization in &mut status.optimizations {
+        optimization.config_hash.clone_from(&rollout.optimization(&optimization.name).unwrap().config_hash);
+    }
+    let pods = |count: usize| Observed {
+        replicas: count as i32,
+        pods: (0..count).map(|n| Pod { name: format!("p{n}"), ready: true, ..Pod::default() }).collect(),
+        ..Observed::default()
+    };
+    let variants = BTreeMap::from([
+        (Variant::Canary, pods(1)),
+        (Variant::Baseline, pods(1)),
+        (Variant::Stable, pods(8)),
+    ]);
+    let mut snapshot = Snapshot { status, variants, ..Snapshot::default() };
+    change(&mut snapshot);
+    machine::step(&rollout, &snapshot, kpis, Timestamp::from_second(NOW).unwrap())
+}
+
+fn rolled_back(plan: &Plan) -> Vec<&str> {
+    let off = plan.status.optimizations.iter().filter(|o| o.state == OptimizationState::RolledBack);
+    off.map(|o| o.name.as_str()).collect()
+}
+
+fn stage(plan: &Plan) -> &str {
+    plan.status.stage.as_ref().map_or("", |stage| &stage.name)
+}
+
+fn stalled(plan: &Plan) -> Option<&str> {
+    let condition = plan.status.conditions.iter().find(|c| c.type_ == "Stalled" && c.status == "True")?;
+    Some(&condition.reason)
+}
+
+/// One row: its name, the KPIs, and what follows: who is rolled back, the stage, and why it is stalled.
+type Row<'a> = (&'a str, Vec<KpiStatus>, &'a [&'a str], &'a str, Option<&'a str>);
+
+const ALL: [&str; 3] = ["memory", "connections", "monitoring"];
+
+#[test]
+fn each_row_of_the_safety_table() {
+    let minutes = |count: i64| 60 * count;
+    let no_data = Verdict::NoData;
+    let down = Verdict::TelemetryDown;
+    let unsure = Verdict::Inconclusive;
+    let held = |verdict, reason, since| kpi("errors", None, verdict, reason, since);
+    let optional = |verdict, reason, since| kpi("optional", Some("monitoring"), verdict, reason, since);
+    let upstream = |verdict, reason, since| kpi("upstream", Some("connections"), verdict, reason, since);
+    let rows: Vec<Row<'_>> = vec![
+        ("all is well", healthy(), &[], "half", None),
+        // Canary without traffic, baseline with: hold, then stop and say so; never promote.
+        ("canary idle, at first", but(&[held(unsure, Cause::CanaryIdle, minutes(4))]), &[], "canary", None),
+        (
+            "canary idle, for long",
+            but(&[held(unsure, Cause::CanaryIdle, minutes(6))]),
+            &[],
+            "canary",
+            Some("NoTraffic"),
+        ),
+        ("nobody asks", but(&[held(unsure, Cause::Idle, minutes(20))]), &[], "canary", None),
+        (
+            "nobody asks for half an hour",
+            but(&[held(unsure, Cause::Idle, minutes(31))]),
+            &[],
+            "canary",
+            Some("NoTraffic"),
+        ),
+        // The canary's series are missing, the baseline's are not, and its pods are Ready.
+        (
+            "canary missing, at first",
+            but(&[held(no_data, Cause::CanaryMissing, minutes(4))]),
+            &[],
+            "canary",
+            None,
+        ),
+        (
+            "canary missing, for long",
+            but(&[held(no_data, Cause::CanaryMissing, minutes(6))]),
+            &ALL,
+            "canary",
+            None,
+        ),
+        (
+            "canary missing, with an owner",
+            but(&[upstream(no_data, Cause::CanaryMissing, minutes(6))]),
+            &["connections"],
+            "canary",
+            None,
+        ),
+        (
+            "optional and missing, at first",
+            but(&[optional(no_data, Cause::CanaryMissing, minutes(4))]),
+            &[],
+            "canary",
+            None,
+        ),
+        (
+            "optional and missing, for long",
+            but(&[optional(no_data, Cause::CanaryMissing, minutes(6))]),
+            &[],
+            "half",
+            None,
+        ),
+        // Both arms are missing, or Prometheus is away: never a failed check, never a rollback.
+        ("both missing", but(&[held(no_data, Cause::Missing, minutes(14))]), &[], "canary", None),
+        (
+            "both missing, for long",
+            but(&[held(no_data, Cause::Missing, minutes(16))]),
+            &[],
+            "canary",
+            Some("TelemetryUnavailable"),
+        ),
+        (
+            "baseline missing, for long",
+            but(&[held(no_data, Cause::BaselineMissing, minutes(16))]),
+            &[],
+            "canary",
+            Some("TelemetryUnavailable"),
+        ),
+        ("Prometheus away", but(&[held(down, Cause::Unreachable, minutes(14))]), &[], "canary", None),
+        (
+            "Prometheus away, for long",
+            but(&[held(down, Cause::Unreachable, minutes(16))]),
+            &[],
+            "canary",
+            Some("TelemetryUnavailable"),
+        ),
+        (
+            "Prometheus away, for days",
+            but(&[held(down, Cause::Unreachable, minutes(9000))]),
+            &[],
+            "canary",
+            Some("TelemetryUnavailable"),
+        ),
+        (
+            "stale samples",
+            but(&[held(unsure, Cause::Stale, minutes(16))]),
+            &[],
+            "canary",
+            Some("TelemetryUnavailable"),
+        ),
+        ("not a number", but(&[held(unsure, Cause::NotANumber, minutes(1))]), &[], "canary", None),
+        // Several series of a pod, a partial answer, a query that is refused.
+        ("malformed", but(&[held(down, Cause::Malformed, minutes(1))]), &[], "canary", None),
+        (
+            "malformed, for long",
+            but(&[held(down, Cause::Malformed, minutes(16))]),
+            &[],
+            "canary",
+            Some("TelemetryUnavailable"),
+        ),
+        (
+            "the baseline is unwell",
+            but(&[held(unsure, Cause::BaselineUnhealthy, minutes(1))]),
+            &[],
+            "canary",
+            None,
+        ),
+        (
+            "the baseline is unwell, for long",
+            but(&[held(unsure, Cause::BaselineUnhealthy, minutes(16))]),
+            &[],
+            "canary",
+            Some("TelemetryUnavailable"),
+        ),
+        ("too little evidence", but(&[held(unsure, Cause::NeedsEvidence, minutes(99))]), &[], "canary", None),
+        ("too few pods for a gauge", but(&[held(unsure, Cause::NeedsPods, minutes(99))]), &[], "half", None),
+        // Alarms.
+        (
+            "an owned alarm",
+            but(&[upstream(Verdict::Fail, Cause::Judged, 0)]),
+            &["connections"],
+            "canary",
+            None,
+        ),
+        (
+            "two owners",
+            but(&[upstream(Verdict::Fail, Cause::Judged, 0), optional(Verdict::Fail, Cause::Judged, 0)]),
+            &["connections", "monitoring"],
+            "canary",
+            None,
+        ),
+        ("a shared alarm", but(&[held(Verdict::Fail, Cause::Judged, 0)]), &[], "canary", None),
+        (
+            "a shared and an owned alarm",
+            but(&[held(Verdict::Fail, Cause::Judged, 0), upstream(Verdict::Fail, Cause::Judged, 0)]),
+            &["connections"],
+            "canary",
+            None,
+        ),
+        (
+            "a catastrophe of a twentieth of all requests",
+            but(&[KpiStatus { canary: Some(0.06), ..held(Verdict::Fail, Cause::Judged, 0) }]),
+            &ALL,
+            "canary",
+            None,
+        ),
+        (
+            "a catastrophe of ten times the errors",
+            but(&[KpiStatus { canary: Some(0.01), ..held(Verdict::Fail, Cause::Judged, 0) }]),
+            &ALL,
+            "canary",
+            None,
+        ),
+        (
+            "a KPI that is only shown",
+            but(&[kpi("shown", None, Verdict::Fail, Cause::Judged, minutes(99))]),
+            &[],
+            "half",
+            None,
+        ),
+    ];
+    for (name, kpis, off, at, why) in rows {
+        let plan = plan(&json!({}), kpis, |_| {});
+        assert_eq!(rolled_back(&plan), off, "{name}");
+        assert_eq!(stage(&plan), at, "{name}");
+        assert_eq!(stalled(&plan), why, "{name}");
+        assert_eq!(plan.status.phase == Phase::Stalled, why.is_some(), "{name}");
+    }
+}
+
+#[test]
+fn samples_that_pods_lack_which_are_not_ready_are_not_held_against_them() {
+    let missing = kpi("errors", None, Verdict::NoData, Cause::CanaryMissing, 360);
+    let plan = plan(&json!({}), but(&[missing]), |snapshot| {
+        snapshot.variants.get_mut(&Variant::Canary).unwrap().pods[0].ready = false;
+    });
+    assert_eq!(rolled_back(&plan), Vec::<&str>::new());
+    assert_eq!(stalled(&plan), Some("TelemetryUnavailable"));
+}
+
+#[test]
+fn a_query_that_must_be_mended_is_said_once() {
+    let malformed = |message: &str| KpiStatus {
+        message: message.into(),
+        ..kpi("errors", None, Verdict::TelemetryDown, Cause::Malformed, 0)
+    };
+    let said = |plan: &Plan| {
+        let said = plan.status.decisions.iter().filter(|decision| decision.what == What::KpiUnreadable);
+        said.map(|decision| decision.why.clone()).collect::<Vec<_>>()
+    };
+    let first = plan(&json!({}), but(&[malformed("twice `q`")]), |snapshot| {
+        snapshot.status.kpis = healthy();
+    });
+    assert_eq!(said(&first), ["errors cannot be read, and the rollout holds: twice `q`"]);
+    let since = first.status.kpis.iter().find(|kpi| kpi.name == "errors").unwrap().since.clone();
+    assert_eq!(since, Some(ago(0)));
+    // It comes and goes: the same is not said again.
+    let again = plan(&json!({}), but(&[malformed("twice `q`")]), |snapshot| {
+        snapshot.status.kpis = healthy();
+        snapshot.status.decisions = first.status.decisions.clone();
+    });
+    assert_eq!(said(&again).len(), 1);
+}
+
+#[test]
+fn a_stage_without_evidence_ends_as_the_user_wants() {
+    let wanting = |canary_is_worse: bool, ticks: i64| {
+        let mut kpi = kpi("errors", None, Verdict::Inconclusive, Cause::NeedsEvidence, 3000);
+        let estimate = if canary_is_worse { 2.0 } else { 0.1 };
+        kpi.change = Some(Change { estimate, low: -0.9, high: 9.0 });
+        let mut kpis = but(&[kpi]);
+        for kpi in &mut kpis {
+            kpi.evidence.as_mut().unwrap().fresh_ticks = ticks;
+        }
+        kpis
+    };
+    // Policy, worse than tolerated, observed ticks of 15 s (the bake of 10 minutes has 40): who is off, the stage, why stalled.
+    type Case<'a> = (&'a str, bool, i64, &'a [&'a str], &'a str, Option<&'a str>);
+    let cases: Vec<Case<'_>> = vec![
+        ("Hold", false, 79, &[], "canary", None),
+        ("Hold", false, 80, &[], "canary", Some("EvidenceWanting")),
+        ("Advance", false, 79, &[], "canary", None),
+        ("Advance", false, 80, &[], "half", None),
+        ("Advance", true, 80, &[], "canary", Some("EvidenceWanting")),
+        ("Rollback", false, 79, &[], "canary", None),
+        ("Rollback", false, 80, &ALL, "canary", None),
+    ];
+    for (policy, worse, ticks, off, at, why) in cases {
+        let plan = plan(&json!({"onInconclusive": policy}), wanting(worse, ticks), |_| {});
+        let name = format!("{policy} {worse} {ticks}");
+        assert_eq!((rolled_back(&plan), stage(&plan), stalled(&plan)), (off.to_vec(), at, why), "{name}");
+    }
+}
+
+#[test]
+fn a_benefit_is_credited_and_a_broken_promise_told_or_punished() {
+    let measured = |estimate: f64, low: f64, high: f64| {
+        let memory = KpiStatus {
+            change: Some(Change { estimate, low, high }),
+            ..kpi("memory", Some("memory"), Verdict::Pass, Cause::Judged, 600)
+        };
+        let shared = KpiStatus {
+            change: Some(Change { estimate: -0.1, low: -0.2, high: 0.0 }),
+            ..kpi("errors", None, Verdict::Pass, Cause::Judged, 600)
+        };
+        but(&[memory, shared])
+    };
+    // Promised are 35 % less. What may still be that is no broken promise.
+    for (change, on_miss, off, warned) in [
+        ((-0.40, -0.42, -0.38), "Warn", vec![], false),
+        ((-0.30, -0.36, -0.24), "Rollback", vec![], false),
+        ((-0.20, -0.25, -0.15), "Warn", vec![], true),
+        ((-0.20, -0.25, -0.15), "Rollback", vec!["memory"], false),
+    ] {
+        let plan = plan(&json!({"onMiss": on_miss}), measured(change.0, change.1, change.2), |_| {});
+        assert_eq!(rolled_back(&plan), off, "{change:?} {on_miss}");
+        let said = plan.status.decisions.iter().find(|decision| decision.what == What::Warned);
+        assert_eq!(said.is_some(), warned, "{said:?}");
+        if !off.is_empty() {
+            assert_eq!(stage(&plan), "canary");
+            continue;
+        }
+        assert_eq!(stage(&plan), "half");
+        let benefit = |name: &str| plan.status.benefits.iter().find(|benefit| benefit.kpi == name).unwrap();
+        assert_eq!(benefit("memory").optimizations, ["memory"]);
+        assert!((benefit("memory").overall.estimate - change.0).abs() < 1e-9);
+        // What each that is on can move is nobody's alone.
+        assert_eq!(benefit("errors").optimizations, ["connections", "memory", "monitoring"]);
+        let own = &plan.status.optimizations[0].benefit;
+        assert!(own.starts_with(&format!("memory {:+.0} %", 100.0 * change.0)), "{own}");
+        assert_eq!(plan.status.optimizations[1].benefit, "");
+    }
+}
+
+#[test]
+fn decisions_on_evidence_carry_their_numbers() {
+    let passed = plan(&json!({}), healthy(), |_| {});
+    let failed = plan(
+        &json!({}),
+        but(&[kpi("upstream", Some("connections"), Verdict::Fail, Cause::Judged, 0)]),
+        |_| {},
+    );
+    for (plan, what) in [(&passed, What::StagePassed), (&failed, What::OptimizationRolledBack)] {
+        let decision = plan.status.decisions.iter().find(|decision| decision.what == what).unwrap();
+        let basis = decision.basis.as_ref().unwrap();
+        assert_eq!((basis.stage.as_str(), basis.attempt, basis.until), ("canary", 1, NOW - 30));
+        // Exposed 1,600 s ago, a warm-up of a minute, on the grid of 15 s.
+        assert_eq!(basis.from, (NOW - 1540 + 14) / 15 * 15);
+        assert_eq!(basis.kpis.len(), 5);
+        assert_eq!(basis.on, ["connections", "memory", "monitoring"]);
+    }
+}
+
+#[test]
+fn what_stages_can_show_is_said_once_before_the_evidence_is_looked_at() {
+    let few = |snapshot: &mut Snapshot| {
+        for known in &mut snapshot.status.preflight {
+            known.rate = Counts { events: 0.0, total: 0.01 };
+        }
+    };
+    let said =
+        |plan: &Plan| plan.status.decisions.iter().filter(|decision| decision.what == What::Warned).count();
+    let first = plan(&json!({}), healthy(), few);
+    assert_eq!(said(&first), 1);
+    let why = &first.status.decisions.iter().find(|d| d.what == What::Warned).unwrap().why;
+    for part in [
+        "errors in stage canary: about 6 canary requests",
+        "in stage half",
+        "3000 are needed to pass",
+        "minimumEffect",
+    ] {
+        assert!(why.contains(part), "{part}: {why}");
+    }
+    let again = plan(&json!({}), healthy(), |snapshot| {
+        few(snapshot);
+        snapshot.status.stage.as_mut().unwrap().foretold = true;
+    });
+    assert_eq!(said(&again), 0);
+    assert_eq!(said(&plan(&json!({}), healthy(), |_| {})), 0);
+}
+
+#[test]
+fn only_what_was_rolled_back_may_try_again() {
+    for (verb, state, expected, what) in [
+        ("memory", OptimizationState::RolledBack, OptimizationState::Pending, What::RetriedByUser),
+        ("memory", OptimizationState::Active, OptimizationState::Active, What::VerbRefused),
+        ("nobody", OptimizationState::RolledBack, OptimizationState::RolledBack, What::VerbRefused),
+    ] {
+        // While its KPIs lack evidence the others stay where they are.
+        let wanting = kpi("errors", None, Verdict::Inconclusive, Cause::NeedsEvidence, 0);
+        let plan = plan(&json!({}), but(&[wanting]), |snapshot| {
+            snapshot.status.optimizations[0].state = state;
+            snapshot.verbs = vec![Verb::Retry(verb.into())];
+        });
+        assert_eq!(plan.status.optimizations[0].state, expected, "{verb} {state:?}");
+        assert!(plan.status.decisions.iter().any(|d| d.what == what), "{:?}", plan.status.decisions);
+        assert_eq!(plan.answered, [Verb::Retry(verb.into())]);
+    }
+}
+
+#[test]
+fn the_checkpoint_of_the_bundled_kpis_is_small() {
+    let spec = json!({"workload": {"runtime": {"replicas": 200, "config": {
+        "experts": [{"name": "alpha", "kind": "http", "url": "http://alpha:8000/query"}]}}}});
+    let object = OptimizationRollout::new("experts", serde_json::from_value(spec).unwrap());
+    let defaults = Defaults { runtime_image: "r:dev".into(), prometheus_url: "http://p:9090".into() };
+    let rollout = resolve(&object, &defaults).unwrap();
+    let counts = || Counts { events: 123_456.0, total: 1.234_567_891_234_567_8e9 };
+    let carry = || Carry { canary: counts(), baseline: counts() };
+    let share = || ShareEvidence {
+        log_weights: vec![-123.456_789_012_345_67; 7],
+        peak: 1.234_567_890_123_456_7,
+        canary: counts(),
+        baseline: counts(),
+        silence: 1.234_567_890_123_456_7e6,
+        recent: carry(),
+        carry: Some(carry()),
+    };
+    let bytes: usize = rollout
+        .all_kpis()
+        .map(|kpi| {
+            let shares = match kpi.test {
+                Test::ErrorRatio { .. } => 1,
+                Test::Latency { .. } => 2,
+                Test::Gauge { .. } | Test::Threshold { .. } => 0,
+            };
+            let gauge =
+                GaugeEvidence { looks: 12, peak: 1.234_567_890_123_456_7, sums: Some(Box::default()) };
+            let evidence = Evidence {
+                last_tick: NOW,
+                fresh_ticks: 11_520,
+                shares: (0..shares).map(|_| share()).collect(),
+                gauge: matches!(kpi.test, Test::Gauge { .. }).then_some(gauge),
+                value: Some(0.123_456_789_012_345_67),
+                ..Evidence::default()
+            };
+            serde_json::to_string(&evidence).unwrap().len()
+        })
+        .sum();
+    assert!(bytes <= 8 * 1024, "{bytes} bytes");
+}
