@@ -143,6 +143,16 @@ struct Row<'a> {
     duration_ms: f64,
 }
 
+impl Row<'_> {
+    /// Bytes that it takes when it is written, or somewhat more.
+    fn room(&self) -> usize {
+        self.expert.len()
+            + self.answer.map_or(0, |json| json.get().len())
+            + self.detail.map_or(0, str::len)
+            + 128
+    }
+}
+
 impl<'a> From<&'a Answer> for Row<'a> {
     fn from(answer: &'a Answer) -> Self {
         let (ok, failure) = match &answer.result {
@@ -371,7 +381,9 @@ async fn query(
         (true, false) => Verdict::Ok,
     };
     let mut buffer = snapshot.buffer();
-    let rows = answers.iter().map(Row::from).collect();
+    let rows: Vec<Row<'_>> = answers.iter().map(Row::from).collect();
+    // Growing by doubling would make most buffers too large for the pool to keep.
+    buffer.reserve_exact(rows.iter().map(Row::room).sum::<usize>() + 256);
     let (status, body) = if verdict == Verdict::Error {
         missed(&id, &answers, rows, ok, quorum, buffer)
     } else {

@@ -30,6 +30,9 @@ mod monitoring;
 #[cfg(test)]
 mod mutations;
 #[cfg(feature = "server")]
+#[doc(hidden)]
+pub use monitoring::virtual_time;
+#[cfg(feature = "server")]
 mod pool;
 #[cfg(feature = "server")]
 mod pressure;

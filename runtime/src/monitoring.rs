@@ -23,6 +23,7 @@ use crate::{
 
 pub(crate) mod cardinality;
 mod sampler;
+pub mod virtual_time;
 mod window;
 
 use sampler::{Intervals, Series, Tolerance};
