@@ -249,7 +249,8 @@ impl Judged {
         if self.alarm.is_none() && peak(&self.evidence) > before {
             let status = self.trial.judge(&self.evidence, &self.health);
             if status.verdict == Verdict::Fail {
-                self.alarm = Some((self.ticks, status.message));
+                let tolerated = status.tolerated.unwrap_or_default();
+                self.alarm = Some((self.ticks, format!("tolerated {tolerated:.2}, {}", status.message)));
             }
         }
     }
