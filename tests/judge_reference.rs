@@ -1,5 +1,7 @@
 //! The judge against an independent implementation: tables that `data/judge.py` has computed with scipy and statsmodels.
 
+#![allow(clippy::unwrap_used)] // In helpers of tests too, which Clippy does not take for tests.
+
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
