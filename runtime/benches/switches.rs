@@ -130,7 +130,7 @@ impl Process {
         let pid = self.0.id().to_string();
         let children =
             std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-        let ticks = of(&pid) + children.split_whitespace().map(of).sum::<u64>();
+        let ticks = of(&pid) + children.split_whitespace().map(of).sum::<i64>();
         ticks as f64 / 100.0
     }
 }
@@ -943,7 +943,13 @@ async fn soak(figures: &mut Vec<Figure>) {
     });
     let (mut random, mut early, mut late) = (Random(4), Vec::new(), Vec::new());
     let started = Instant::now();
+    let mut quarter = 0;
     while started.elapsed() < time {
+        // The same toggles in each quarter, so that like is compared with like.
+        if started.elapsed() * 4 >= time * (quarter + 1) {
+            quarter += 1;
+            random = Random(4);
+        }
         let on = random.next();
         runtime.apply(|config| {
             for (_, switch) in SWITCHES.into_iter().enumerate().filter(|(i, _)| on >> i & 1 == 1) {
