@@ -254,9 +254,15 @@ pub fn owned_kpis(api: &crate::api::Optimization) -> Vec<crate::api::Kpi> {
 /// What switches a bundled optimization on, below `optimizations.<name>` of the runtime's configuration.
 fn bundled(name: &str) -> Option<Value> {
     match name {
-        "memory" => Some(json!({ "objectPool": { "enabled": true }, "cacheTtl": { "enabled": true } })),
+        "memory" => Some(json!({
+            "objectPool": { "enabled": true }, "cacheTtl": { "enabled": true },
+            "evict": { "enabled": true }, "batchLimit": { "enabled": true },
+        })),
         "connections" => Some(json!({ "unified": { "enabled": true } })),
-        "monitoring" => Some(json!({ "adaptiveSampling": { "enabled": true } })),
+        "monitoring" => Some(json!({
+            "adaptiveSampling": { "enabled": true }, "preAggregation": { "enabled": true },
+            "cardinalityLimit": { "enabled": true },
+        })),
         _ => None,
     }
 }

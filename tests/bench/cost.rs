@@ -38,6 +38,7 @@ pub fn print(seed: u64, ticks: usize) {
             track: Track::Production,
             until: 0,
             pods: 200,
+            cautious_until: None,
             spread: vec![0.1; 2],
             bounds,
             native: false,

@@ -105,9 +105,12 @@ impl Columns {
     }
 }
 
+/// What was scraped of each pod at a tick; nothing of one that was not there.
+pub type Scrapes = (Tick, Vec<(String, Option<Scrape>)>);
+
 /// Samples of the pre-flight: one scrape of each pod at each end of a block.
 pub struct Past {
-    pub scrapes: Vec<(Tick, Vec<(String, Option<Scrape>)>)>,
+    pub scrapes: Vec<Scrapes>,
 }
 
 /// What is learned of each KPI in the span before `until`.

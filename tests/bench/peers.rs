@@ -66,11 +66,12 @@ impl Peers {
         let warm = WARM_UP as usize;
         for end in warm..slots.len() {
             let (minute, number) = (&slots[end - 3..=end], (end + 1 - warm) as i64);
-            // No requests is NaN, which no comparison with a limit holds for: a failed measurement.
-            if number % 20 == 0 && !(1.0 - ratio(&slots[end..=end], CANARY) >= 0.95) {
+            // No requests is NaN, for which no comparison with a limit holds: a failed measurement.
+            let succeeds = |of: &[Slot], least: f64| 1.0 - ratio(of, CANARY) >= least;
+            if number % 20 == 0 && !succeeds(&slots[end..=end], 0.95) {
                 self.failed[0] += 1;
             }
-            if number % 4 == 0 && !(1.0 - ratio(minute, CANARY) >= 0.99) {
+            if number % 4 == 0 && !succeeds(minute, 0.99) {
                 self.failed[1] += 1;
             }
             for (rule, limit) in [(0, 4), (1, 10)] {
@@ -127,7 +128,8 @@ fn high(canary: &[f64], baseline: &[f64]) -> bool {
     let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
     let quantile = Normal::standard().inverse_cdf(0.99);
     // The standing falls with the shift that is taken off: where it is too low without any, the rest is spared.
-    if mean(&canary) < mean(&baseline) || !(standing(&canary, &baseline, 0.0, 0.5) > quantile) {
+    let stands = standing(&canary, &baseline, 0.0, 0.5) > quantile;
+    if mean(&canary) < mean(&baseline) || !stands {
         return false;
     }
     let (mut low, mut high) =

@@ -157,9 +157,13 @@ pub fn scenario(kind: Kind, seed: u64) -> (Setup, Expect) {
         ..effect()
     };
     let patches = [
-        json!({"optimizations": {"memory": {"objectPool": {"enabled": true}, "cacheTtl": {"enabled": true}}}}),
+        json!({"optimizations": {"memory": {
+            "objectPool": {"enabled": true}, "cacheTtl": {"enabled": true},
+            "evict": {"enabled": true}, "batchLimit": {"enabled": true}}}}),
         json!({"optimizations": {"connections": {"unified": {"enabled": true}}}}),
-        json!({"optimizations": {"monitoring": {"adaptiveSampling": {"enabled": true}}}}),
+        json!({"optimizations": {"monitoring": {
+            "adaptiveSampling": {"enabled": true}, "preAggregation": {"enabled": true},
+            "cardinalityLimit": {"enabled": true}}}}),
     ];
     let keep = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
     let mut known: Vec<Known> = vec![];
@@ -391,7 +395,9 @@ pub fn scenario(kind: Kind, seed: u64) -> (Setup, Expect) {
         ),
         (
             "memory",
-            json!({"optimizations": {"memory": {"objectPool": {"enabled": true}, "cacheTtl": {"enabled": true, "ttl": "10m"}}}}),
+            json!({"optimizations": {"memory": {
+                "objectPool": {"enabled": true}, "cacheTtl": {"enabled": true, "ttl": "10m"},
+                "evict": {"enabled": true}, "batchLimit": {"enabled": true}}}}),
         ),
         ("queue", json!({"server": {"maxInFlight": 512}})),
     ] {
