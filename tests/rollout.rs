@@ -123,8 +123,8 @@ fn a_harmless_rollout_completes_again_and_again() -> Result<()> {
 #[ignore = "needs a cluster: run by cargo cluster test"]
 fn each_fault_is_caught_by_the_kpi_that_shows_it() -> Result<()> {
     let cluster = Cluster::connect()?;
-    // One connection per host carries ten queries a second at most. With 15 they wait until they fail; with 6 they only wait.
-    let one_connection = json!({"unified": {"perHost": 1}});
+    // One connection per host carries ten queries a second at most. Who does not wait for it fails; who waits is late.
+    let one_connection = json!({"unified": {"perHost": 1, "acquireTimeout": "1ms"}});
     let patient = json!({"unified": {"perHost": 1, "acquireTimeout": "10s"}});
     // Answers of 16 KiB, each kept for an hour where the baseline forgets them after a second.
     let hoard = json!({"cacheTtl": {"ttl": "1h", "maxEntries": 1_000_000, "memoryLimit": "256MiB"}});
