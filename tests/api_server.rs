@@ -108,11 +108,32 @@ fn refused() -> Vec<(&'static str, Value, &'static str)> {
             "such as 90s",
         ),
         ("no KPIs", with("kpis", json!([])), "at least 1 items"),
-        ("KPI without a kind", kpis(json!({ "name": "k" })), "exactly one of errorRatio or threshold"),
+        (
+            "a promise of a threshold",
+            kpis(
+                json!({ "name": "k", "threshold": { "query": "q", "max": 1 }, "expect": { "change": -0.5 } }),
+            ),
+            "expect needs a comparison with the baseline",
+        ),
+        (
+            "a gauge without $arm",
+            kpis(json!({ "name": "k", "gauge": { "query": "up" } })),
+            "must contain $arm",
+        ),
+        (
+            "a latency without $arm",
+            kpis(json!({ "name": "k", "latency": { "histogram": "h" } })),
+            "must contain $arm",
+        ),
+        (
+            "KPI without a kind",
+            kpis(json!({ "name": "k" })),
+            "exactly one of errorRatio, latency, gauge or threshold",
+        ),
         (
             "KPI of two kinds",
             kpis(json!({ "name": "k", "errorRatio": ratio(), "threshold": { "query": "q", "max": 1 } })),
-            "exactly one of errorRatio or threshold",
+            "exactly one of errorRatio, latency, gauge or threshold",
         ),
         (
             "KPI without a query",
