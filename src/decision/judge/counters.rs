@@ -2,7 +2,9 @@
 //!
 //! Differences are taken per series and then summed, so that a restart of one pod is seen as such.
 
-use super::{Arm, Grid, Series};
+use std::borrow::Cow;
+
+use super::{Arm, Grid, Series, Tick};
 
 /// Which arm, as an index.
 pub(super) const CANARY: usize = 0;
@@ -12,12 +14,23 @@ pub(super) const BASELINE: usize = 1;
 /// Most kinds of event that are counted among the same requests: the two bounds of a latency.
 pub(super) const KINDS: usize = 2;
 
+/// A counter: whose it is, and its points, its own or those made of several buckets.
+pub(super) struct Counted<'a> {
+    pub(super) of: &'a Series,
+    pub(super) points: Cow<'a, [(Tick, f64)]>,
+}
+
+/// Series that are counters themselves.
+pub(super) fn plain(series: &[Series]) -> Vec<Counted<'_>> {
+    series.iter().map(|of| Counted { of, points: Cow::Borrowed(&of.points) }).collect()
+}
+
 /// The answers of which counts are made.
 pub(super) struct Counters<'a> {
     /// Series of each kind of event.
-    pub(super) events: [&'a [Series]; KINDS],
+    pub(super) events: [&'a [Counted<'a>]; KINDS],
     /// Series of all requests.
-    pub(super) total: &'a [Series],
+    pub(super) total: &'a [Counted<'a>],
     /// Time of the last sample of `total`.
     pub(super) times: &'a [Series],
 }
@@ -63,27 +76,32 @@ impl Read {
         let arm_of =
             |pod: &str| if canary.owns(pod) { Some(CANARY) } else { baseline.owns(pod).then_some(BASELINE) };
         let events = answers.events.into_iter().enumerate();
-        let mut sorted: Vec<(&Series, Counter)> = events
+        let mut sorted: Vec<(&Counted<'_>, Counter)> = events
             .flat_map(|(kind, series)| series.iter().map(move |series| (series, Counter::Event(kind))))
             .chain(answers.total.iter().map(|series| (series, Counter::Total)))
             .collect();
-        // In one order always, since sums of floating-point numbers depend on it; sorted runs are merged in no time.
-        sorted.sort_by(|(a, _), (b, _)| a.key().cmp(&b.key()));
+        // In one order always, since sums of floating-point numbers depend on it. By pod first: sorted runs are merged in no time.
+        sorted.sort_by(|(a, _), (b, _)| a.of.pod.cmp(&b.of.pod));
 
         let (mut pod_up, mut target_up) = (vec![false; len], vec![false; len]);
-        for pod in sorted.chunk_by(|(a, _), (b, _)| a.pod == b.pod) {
-            if pod[0].0.pod.is_empty() {
+        for pod in sorted.chunk_by_mut(|(a, _), (b, _)| a.of.pod == b.of.pod) {
+            pod.sort_by(|(a, _), (b, _)| match std::ptr::eq(a.of, b.of) {
+                true => std::cmp::Ordering::Equal,
+                false => (&a.of.instance, &a.of.labels).cmp(&(&b.of.instance, &b.of.labels)),
+            });
+            let pod = &*pod;
+            if pod[0].0.of.pod.is_empty() {
                 read.fault_at(pod, grid, || {
                     "series without the label pod: keep it in the result, as in sum by (pod, instance) (...)"
                         .to_owned()
                 });
                 continue;
             }
-            let Some(arm) = arm_of(&pod[0].0.pod) else { continue };
+            let Some(arm) = arm_of(&pod[0].0.of.pod) else { continue };
             mark(&mut pod_up, pod, grid);
-            for target in pod.chunk_by(|(a, _), (b, _)| a.instance == b.instance) {
+            for target in pod.chunk_by(|(a, _), (b, _)| std::ptr::eq(a.of, b.of) || a.of.instance == b.of.instance) {
                 read.refuse_twins(target, grid);
-                let up = if target[0].0.instance.is_empty() || target.len() == pod.len() {
+                let up = if target[0].0.of.instance.is_empty() || target.len() == pod.len() {
                     &pod_up
                 } else {
                     mark(&mut target_up, target, grid);
@@ -106,8 +124,8 @@ impl Read {
     }
 
     /// Adds the increase of one counter to its arm. `up` says at which ticks its target was scraped.
-    fn count(&mut self, series: &Series, counter: Counter, arm: usize, up: &[bool], grid: Grid) {
-        increases(series, up, grid, |index, increase| {
+    fn count(&mut self, series: &Counted<'_>, counter: Counter, arm: usize, up: &[bool], grid: Grid) {
+        increases(&series.points, up, grid, |index, increase| {
             let tally = &mut self.counts[index][arm];
             match counter {
                 Counter::Event(kind) => tally.events[kind] += increase,
@@ -115,7 +133,7 @@ impl Read {
             }
         });
         if counter == Counter::Total {
-            for &(time, value) in &series.points {
+            for &(time, value) in series.points.iter() {
                 if let Some(index) = grid.index(time).filter(|_| is_count(value)) {
                     self.present[arm][index] = true;
                 }
@@ -124,21 +142,21 @@ impl Read {
     }
 
     /// Two scrape jobs that read the same port count every request twice, which would double the evidence for nothing.
-    fn refuse_twins(&mut self, target: &[(&Series, Counter)], grid: Grid) {
-        let first = target[0].0;
-        if first.instance.is_empty() || target.iter().all(|(series, _)| series.job == first.job) {
+    fn refuse_twins(&mut self, target: &[(&Counted<'_>, Counter)], grid: Grid) {
+        let first = target[0].0.of;
+        if first.instance.is_empty() || target.iter().all(|(series, _)| series.of.job == first.job) {
             return;
         }
         for counter in [Counter::Event(0), Counter::Event(1), Counter::Total] {
             let mut jobs: Vec<Option<&str>> = vec![None; grid.len()];
             for (series, _) in target.iter().filter(|(_, kind)| *kind == counter) {
                 for index in series.points.iter().filter_map(|(time, _)| grid.index(*time)) {
-                    let job = *jobs[index].get_or_insert(&series.job);
-                    if job != series.job {
+                    let job = *jobs[index].get_or_insert(&series.of.job);
+                    if job != series.of.job {
                         let message = || {
                             format!(
                                 "pod {} is scraped twice, by the jobs {job:?} and {:?}: name one in the selectors, as in {{$arm,job={job:?}}}",
-                                series.pod, series.job
+                                series.of.pod, series.of.job
                             )
                         };
                         self.fault(index, grid, message);
@@ -148,7 +166,7 @@ impl Read {
         }
     }
 
-    fn fault_at(&mut self, series: &[(&Series, Counter)], grid: Grid, message: impl Fn() -> String) {
+    fn fault_at(&mut self, series: &[(&Counted<'_>, Counter)], grid: Grid, message: impl Fn() -> String) {
         for (series, _) in series {
             for index in series.points.iter().filter_map(|(time, _)| grid.index(*time)) {
                 self.fault(index, grid, &message);
@@ -169,9 +187,9 @@ impl Read {
 }
 
 /// Tells each increase of a counter, with the index of the tick in which it was. `up` says at which ticks its target was scraped.
-pub(super) fn increases(series: &Series, up: &[bool], grid: Grid, mut tell: impl FnMut(usize, f64)) {
+pub(super) fn increases(points: &[(Tick, f64)], up: &[bool], grid: Grid, mut tell: impl FnMut(usize, f64)) {
     let mut previous: Option<(usize, f64)> = None;
-    for &(time, value) in &series.points {
+    for &(time, value) in points {
         let Some(index) = grid.index(time) else { continue };
         let before = match previous {
             Some((at, before)) if at + 1 == index => Some(before),
@@ -194,45 +212,36 @@ pub(super) fn increases(series: &Series, up: &[bool], grid: Grid, mut tell: impl
 /// The buckets of histograms as counters of what lies above each of `bounds`, and of all there is.
 ///
 /// A histogram without the bucket of a bound counts up to the largest bound below it, which for a native histogram is the same.
-pub(super) fn above(buckets: &[Series], bounds: &[f64]) -> ([Vec<Series>; KINDS], Vec<Series>) {
+pub(super) fn above<'a>(buckets: &'a [Series], bounds: &[f64]) -> ([Vec<Counted<'a>>; KINDS], Vec<Counted<'a>>) {
     let mut sorted: Vec<(&Series, &super::samples::Bucket)> =
         buckets.iter().filter_map(|series| Some((series, series.bucket.as_ref()?))).collect();
-    sorted.sort_by(|(a, x), (b, y)| {
-        (&a.pod, &x.histogram).cmp(&(&b.pod, &y.histogram)).then(x.le.total_cmp(&y.le))
-    });
+    sorted.sort_by(|(a, _), (b, _)| a.pod.cmp(&b.pod));
     let (mut events, mut totals) = ([vec![], vec![]], vec![]);
-    for histogram in sorted.chunk_by(|(a, x), (b, y)| a.pod == b.pod && x.histogram == y.histogram) {
-        let Some((all, of)) = histogram.last().filter(|(_, bucket)| bucket.le == f64::INFINITY) else {
-            continue;
-        };
-        let made = |points| Series {
-            pod: all.pod.clone(),
-            instance: all.instance.clone(),
-            job: all.job.clone(),
-            labels: of.histogram.clone(),
-            bucket: None,
-            points,
-        };
-        for (events, bound) in events.iter_mut().zip(bounds) {
-            let below = histogram.iter().rev().find(|(_, bucket)| bucket.le <= *bound);
-            let mut low = below.map_or(&[][..], |(series, _)| &series.points).iter().peekable();
-            let points = all.points.iter().map(|&(time, count)| {
-                while low.next_if(|(at, _)| *at < time).is_some() {}
-                let under = low.peek().filter(|(at, _)| *at == time).map_or(0.0, |(_, under)| *under);
-                (time, (count - under).max(0.0))
-            });
-            events.push(made(points.collect()));
+    for pod in sorted.chunk_by_mut(|(a, _), (b, _)| a.pod == b.pod) {
+        pod.sort_by(|(_, x), (_, y)| x.histogram.cmp(&y.histogram).then(x.le.total_cmp(&y.le)));
+        for histogram in pod.chunk_by(|(_, x), (_, y)| x.histogram == y.histogram) {
+            let Some((all, _)) = histogram.last().filter(|(_, bucket)| bucket.le == f64::INFINITY) else { continue };
+            for (events, bound) in events.iter_mut().zip(bounds) {
+                let below = histogram.iter().rev().find(|(_, bucket)| bucket.le <= *bound);
+                let mut low = below.map_or(&[][..], |(series, _)| &series.points).iter().peekable();
+                let points = all.points.iter().map(|&(time, count)| {
+                    while low.next_if(|(at, _)| *at < time).is_some() {}
+                    let under = low.peek().filter(|(at, _)| *at == time).map_or(0.0, |(_, under)| *under);
+                    (time, (count - under).max(0.0))
+                });
+                events.push(Counted { of: all, points: points.collect() });
+            }
+            totals.push(Counted { of: all, points: Cow::Borrowed(&all.points) });
         }
-        totals.push(made(all.points.clone()));
     }
     (events, totals)
 }
 
 /// Marks the ticks at which any of the series has a sample.
-fn mark(up: &mut [bool], series: &[(&Series, Counter)], grid: Grid) {
+fn mark(up: &mut [bool], series: &[(&Counted<'_>, Counter)], grid: Grid) {
     up.fill(false);
     for (series, _) in series {
-        for &(time, value) in &series.points {
+        for &(time, value) in series.points.iter() {
             if let Some(index) = grid.index(time) {
                 up[index] |= is_count(value);
             }

@@ -394,7 +394,8 @@ impl Trial {
         let grid = Grid { from, step, ticks: ((until - from) / step).clamp(0, MAX_TICKS) };
         match (&self.kpi.test, self.arms.baseline.as_ref(), read.as_slice()) {
             (Test::ErrorRatio { .. }, Some(baseline), &[errors, total, times]) => {
-                let counters = counters::Counters { events: [errors, &[]], total, times };
+                let (events, total) = (counters::plain(errors), counters::plain(total));
+                let counters = counters::Counters { events: [&events, &[]], total: &total, times };
                 share::fold(self, baseline, evidence, &counters, errors.is_empty(), grid)
             }
             (Test::Latency { .. }, Some(baseline), &[buckets, times]) => {

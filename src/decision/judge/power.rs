@@ -143,13 +143,28 @@ pub(super) fn student_surprise(t: f64, df: f64) -> f64 {
 
 /// The value that Student's t with `df` degrees of freedom exceeds with a surprise of `surprise` nats.
 pub(super) fn student_quantile(surprise: f64, df: f64) -> f64 {
-    let (mut low, mut high) = (0.0, 1.0);
-    while student_surprise(high, df) < surprise && high < 1e9 {
-        high *= 2.0;
+    let beyond = |t: f64| student_surprise(t, df) - surprise;
+    let (mut low, mut high) = ((0.0, beyond(0.0)), (1.0, beyond(1.0)));
+    while high.1 < 0.0 && high.0 < 1e9 {
+        (low, high) = (high, (2.0 * high.0, beyond(2.0 * high.0)));
     }
+    // False position, with the end that stays at half its weight (Illinois).
+    let mut kept = 0;
     for _ in 0..30 {
-        let middle = 0.5 * (low + high);
-        if student_surprise(middle, df) < surprise { low = middle } else { high = middle }
+        let middle = low.0 - low.1 * (high.0 - low.0) / (high.1 - low.1);
+        let at = (middle, beyond(middle));
+        if at.1.abs() < 1e-9 || !(low.0..=high.0).contains(&middle) {
+            return if at.1.is_finite() { middle } else { high.0 };
+        }
+        if at.1 < 0.0 {
+            low = at;
+            high.1 *= if kept == -1 { 0.5 } else { 1.0 };
+            kept = -1;
+        } else {
+            high = at;
+            low.1 *= if kept == 1 { 0.5 } else { 1.0 };
+            kept = 1;
+        }
     }
-    high
+    high.0
 }

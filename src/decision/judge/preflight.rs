@@ -7,7 +7,7 @@ use crate::api::{Counts, Evidence, Preflight, Track};
 
 use super::{
     Answer, AnswerHealth, Grid, Kpi, Series, Test, Tick,
-    counters::{self, increases, is_count},
+    counters::{self, Counted, increases, is_count},
     query,
 };
 
@@ -103,7 +103,7 @@ impl Lesson {
         };
         let learned = match (&self.kpi.test, read.as_slice()) {
             (Test::ErrorRatio { .. }, [errors, total]) => {
-                let blocks = Blocks::of(&[errors], total, grid);
+                let blocks = Blocks::of(&[&counters::plain(errors)], &counters::plain(total), grid);
                 let (pods, spread) = blocks.spread(0);
                 Preflight { pods, spread: vec![spread], rate: blocks.rate(self.block), ..nothing }
             }
@@ -147,22 +147,22 @@ struct Blocks {
 }
 
 impl Blocks {
-    fn of(events: &[&[Series]], total: &[Series], grid: Grid) -> Self {
-        let mut names: Vec<&str> = total.iter().map(|series| series.pod.as_str()).collect();
+    fn of(events: &[&[Counted<'_>]], total: &[Counted<'_>], grid: Grid) -> Self {
+        let mut names: Vec<&str> = total.iter().map(|series| series.of.pod.as_str()).collect();
         names.sort_unstable();
         names.dedup();
         let mut blocks = Self { events: vec![vec![]; events.len()], total: vec![] };
         for pod in names.into_iter().filter(|pod| !pod.is_empty()) {
-            let of = |series: &&Series| series.pod == pod;
+            let of = |series: &&Counted<'_>| series.of.pod == pod;
             let mut up = vec![false; grid.len()];
-            for (time, value) in total.iter().filter(of).flat_map(|series| &series.points) {
+            for (time, value) in total.iter().filter(of).flat_map(|series| series.points.iter()) {
                 if let Some(index) = grid.index(*time) {
                     up[index] |= is_count(*value);
                 }
             }
             let mut counted = vec![None; grid.len()];
             for series in total.iter().filter(of) {
-                increases(series, &up, grid, |index, increase| {
+                increases(&series.points, &up, grid, |index, increase| {
                     *counted[index].get_or_insert(0.0) += increase;
                 });
             }
@@ -172,7 +172,7 @@ impl Blocks {
             for (kind, events) in events.iter().enumerate() {
                 let mut row = vec![0.0; grid.len()];
                 for series in events.iter().filter(of) {
-                    increases(series, &up, grid, |index, increase| row[index] += increase);
+                    increases(&series.points, &up, grid, |index, increase| row[index] += increase);
                 }
                 blocks.events[kind].push(row);
             }
@@ -234,7 +234,7 @@ fn bounds(buckets: &[Series], grid: Grid) -> Option<(Vec<String>, bool)> {
         // Over the whole span, of pods of any age: the choice of a bound needs no spread.
         let mut sum = 0.0;
         let up = vec![false; grid.len()];
-        increases(series, &up, grid, |_, increase| sum += increase);
+        increases(&series.points, &up, grid, |_, increase| sum += increase);
         match counted.iter_mut().find(|(le, ..)| *le == bucket.le) {
             Some((.., count)) => *count += sum,
             None => counted.push((bucket.le, &bucket.text, sum)),

@@ -4,7 +4,7 @@
 use crate::api::{Cause, Counts, Evidence, ShareEvidence, Verdict};
 
 use super::{
-    AnswerHealth, Arm, Finding, Grid, Trial,
+    AnswerHealth, Arm, Finding, Grid, Test, Trial,
     counters::{BASELINE, CANARY, Counters, Read},
     eprocess::{self, add},
     power, quote,
@@ -89,9 +89,9 @@ pub(super) fn fold(
 /// How the answers stand at the last tick.
 fn health(trial: &Trial, read: Read, evidence: &Evidence, no_events: bool, grid: Grid) -> AnswerHealth {
     let last = grid.len() - 1;
-    let queries = trial.queries();
-    let query = |index: usize| queries.get(index).map(|query| quote(query)).unwrap_or_default();
-    let total = queries.len().saturating_sub(2);
+    let query = |index: usize| trial.queries().get(index).map(|query| quote(query)).unwrap_or_default();
+    // The one whose series are all requests.
+    let total = usize::from(matches!(trial.kpi.test, Test::ErrorRatio { .. }));
     let which = |lacks: [bool; 2]| match lacks {
         [true, true] => Some((Cause::Missing, "neither the canary's nor the baseline's pods")),
         [true, false] => Some((Cause::CanaryMissing, "the baseline's pods, but not the canary's")),
