@@ -561,11 +561,11 @@ pub struct Monitoring {
 pub struct AdaptiveSampling {
     /// Off: a point every `baseline.sampleInterval`.
     pub enabled: bool,
-    /// Probe interval at the start and while a value moves a little; `min` to `probeMax`.
+    /// Probe interval at the start and after a change; `min` to `probeMax`.
     #[serde(with = "units::duration")]
     #[schemars(schema_with = "units::duration::schema")]
     pub base: Duration,
-    /// Probe interval while a value moves a lot; 100 ms or more.
+    /// Time after which a probe that saw a change is repeated, to confirm it; 100 ms or more.
     #[serde(with = "units::duration")]
     #[schemars(schema_with = "units::duration::schema")]
     pub min: Duration,

@@ -274,7 +274,7 @@ impl Watched {
             }
             // The first look at a rate, no call since the last look, or a system that does not tell.
             (Some(series), None) => {
-                self.next = now + series.base();
+                self.next = now + series.nothing(now - started);
                 None
             }
             (None, value) => {
@@ -423,7 +423,8 @@ mod tests {
     fn overrides_reach_their_component() {
         let overrides = "{memory: {base: 10s, threshold: 0.5}, disk: {probeMax: 60s}}";
         let (_, mode) = runtime(&format!("{{adaptiveSampling: {{enabled: true, overrides: {overrides}}}}}"));
-        let bases: Vec<u64> = (0..5).filter_map(|i| Some(mode.series(i)?.base().as_secs())).collect();
+        let bases: Vec<u64> =
+            (0..5).filter_map(|i| Some(mode.series(i)?.nothing(Duration::ZERO).as_secs())).collect();
         assert_eq!(bases, [10, 5, 5, 5, 5]);
         // Half as much again is no change where half is the threshold; it is one elsewhere.
         for (component, points) in [(0, 1), (3, 2)] {

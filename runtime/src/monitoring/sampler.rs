@@ -3,6 +3,9 @@
 //! Looking is cheap and recording is not, so the two are apart: a series is probed at an interval that grows while it
 //! is quiet, and a point is recorded when a change is confirmed by a second probe, or as a heartbeat. So a lasting
 //! step is recorded within `probe_max + min`, and no series is silent for longer than `heartbeat`.
+//!
+//! What a look costs is mostly that the thread woke up for it: a look that comes alone costs some four times one among
+//! others. So looks come at multiples of their intervals, and series that are quiet share every wake.
 
 use std::time::Duration;
 
@@ -10,6 +13,9 @@ use std::time::Duration;
 const LEVEL_GAIN: f64 = 0.2;
 /// Gain of the noise's moving average: slower, so that a burst does not pass for noise.
 const NOISE_GAIN: f64 = 0.02;
+/// Values that the first guess of the noise, none at all, stands for. A gain of `NOISE_GAIN` from the start would let a
+/// new process take its noise for changes for a hundred looks.
+const NOISE_PRIOR: f64 = 2.0;
 /// Standard deviations of noise that are no change.
 const NOISE_FACTOR: f64 = 4.0;
 /// Probes in a row that make a change.
@@ -51,6 +57,8 @@ pub(crate) struct Decision {
 pub(crate) struct Series {
     intervals: Intervals,
     tolerance: Tolerance,
+    interval: Duration,
+    /// `None` until there is a value.
     state: Option<State>,
 }
 
@@ -60,56 +68,65 @@ struct State {
     recorded_at: Duration,
     level: f64,
     noise: f64,
+    /// Looks that the noise comes from.
+    values: f64,
     streak: u32,
-    interval: Duration,
     tokens: f64,
     refilled_at: Duration,
 }
 
 impl Series {
     pub(crate) fn new(intervals: Intervals, tolerance: Tolerance) -> Self {
-        Self { intervals, tolerance, state: None }
+        Self { interval: intervals.base, intervals, tolerance, state: None }
     }
 
-    /// The interval at the start, and while there is no value.
-    pub(crate) fn base(&self) -> Duration {
-        self.intervals.base
+    /// Takes a look at `now` that found no value, and gives the time until the next.
+    pub(crate) fn nothing(&mut self, now: Duration) -> Duration {
+        let next = self.next(now);
+        self.interval = self.longer();
+        next
     }
 
     /// Takes the value `x` seen at `now`, a time on any clock that never goes back.
     pub(crate) fn probe(&mut self, now: Duration, x: f64) -> Decision {
-        let Intervals { base, min, probe_max, heartbeat } = self.intervals;
+        let Intervals { base, min, heartbeat, .. } = self.intervals;
+        let longer = self.longer();
         let Some(s) = &mut self.state else {
             self.state = Some(State {
                 last: x,
                 recorded_at: now,
                 level: x,
                 noise: 0.0,
+                values: NOISE_PRIOR,
                 streak: 0,
-                interval: base,
                 tokens: BURST - 1.0,
                 refilled_at: now,
             });
-            return Decision { record: Some(x), next: base };
+            self.interval = base;
+            return Decision { record: Some(x), next: self.next(now) };
         };
         let residual = x - s.level;
         let dev = (self.tolerance.relative * s.last.abs())
             .max(NOISE_FACTOR * s.noise.sqrt())
             .max(self.tolerance.absolute);
-        let distance = (x - s.last).abs();
-        let big = distance > dev;
-        if !big {
-            s.noise += NOISE_GAIN * (residual * residual - s.noise);
+        let big = (x - s.last).abs() > dev;
+        s.streak = if big { s.streak + 1 } else { 0 };
+        let confirmed = s.streak >= CONFIRMATIONS;
+        // What awaits its confirmation is no noise yet, or a step would raise the bar before it. A change counts as the
+        // most that is none: one step hardly raises the bar, a series that jumps for ever soon does.
+        if confirmed || !big {
+            s.values += 1.0;
+            let seen = residual.abs().min(dev).powi(2);
+            s.noise += NOISE_GAIN.max(s.values.recip()) * (seen - s.noise);
         }
         s.level += LEVEL_GAIN * residual;
-        s.streak = if big { s.streak + 1 } else { 0 };
 
         let refill = BURST * now.saturating_sub(s.refilled_at).as_secs_f64() / REFILL.as_secs_f64();
         s.tokens = (s.tokens + refill).min(BURST);
         s.refilled_at = now;
-        let changed = s.streak >= CONFIRMATIONS && s.tokens >= 1.0;
-        let due = now.saturating_sub(s.recorded_at) >= heartbeat;
-        let record = if changed {
+        // One `min` early, so that the heartbeat falls on a look that comes anyway and not just after it.
+        let due = now.saturating_sub(s.recorded_at) + min >= heartbeat;
+        let record = if confirmed && s.tokens >= 1.0 {
             s.tokens -= 1.0;
             (s.level, s.streak) = (x, 0);
             Some(x)
@@ -120,16 +137,32 @@ impl Series {
             (s.last, s.recorded_at) = (value, now);
         }
 
-        s.interval = if big {
+        self.interval = if confirmed {
+            // Recorded, or waits for its turn to be: there is nothing left to confirm.
+            base
+        } else if big {
             min
-        } else if distance > dev / 2.0 {
-            base.max(s.interval / 2)
         } else {
-            probe_max.min(s.interval.mul_f64(1.5))
+            longer
         };
         // No later than the heartbeat, which is not over here: what was due has just been recorded.
         let left = heartbeat.saturating_sub(now.saturating_sub(s.recorded_at));
-        Decision { record, next: s.interval.min(left) }
+        Decision { record, next: self.next(now).min(left) }
+    }
+
+    /// The interval after a quiet look: half as much again, and `base` at once after a `min`.
+    fn longer(&self) -> Duration {
+        let Intervals { base, probe_max, .. } = self.intervals;
+        self.interval.mul_f64(1.5).max(base).min(probe_max)
+    }
+
+    /// Time from `now` to the last multiple of the interval within it; `min`, if that is too soon.
+    fn next(&self, now: Duration) -> Duration {
+        let Intervals { min, .. } = self.intervals;
+        let into = (now + self.interval).as_nanos() % self.interval.as_nanos();
+        let next = self.interval - Duration::from_nanos(into as u64);
+        // Timers are a little late, and what was due a multiple ago is due at the next.
+        if next < min.mul_f64(0.9) { min } else { next }
     }
 }
 
@@ -186,6 +219,42 @@ mod tests {
             let (points, _) = run(1200, |t| if t < step { 100.0 } else { 112.0 } + 0.3 * noise(t));
             let seen = points.iter().find(|(t, v)| *t >= step && *v > 106.0).map(|(t, _)| t - step);
             assert!(seen.is_some_and(|delay| delay <= 16.0), "at {step}: {seen:?}");
+        }
+    }
+
+    #[test]
+    fn a_step_in_the_first_minute_is_recorded_as_soon_though_barely_one() {
+        for at in 6..60 {
+            let step = f64::from(at) + 0.25;
+            for after in [102.1, 97.5, 104.0] {
+                let (points, _) = run(120, |t| if t < step { 100.0 } else { after });
+                let seen = points.iter().find(|(t, v)| *t >= step && *v == after).map(|(t, _)| t - step);
+                assert!(seen.is_some_and(|delay| delay <= 16.0), "to {after} at {step}: {seen:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn noise_is_learned_in_the_first_minute() {
+        for share in [0.05, 0.1, 0.3, 0.9] {
+            let value = |t: f64| 100.0 * (1.0 + share * noise(t));
+            let [(points, looks), (_, later)] = [run(60, value), run(300, value)];
+            // A fixed clock of 5 s: 12 of each in the first minute, 48 looks in the four after it.
+            assert!(points.len() <= 8 && looks <= 20, "{share}: {} points, {looks} looks", points.len());
+            assert!(later - looks <= 36, "{share}: {later} after {looks}");
+        }
+    }
+
+    #[test]
+    fn quiet_series_share_their_wakes() {
+        for first in 0..15 {
+            let mut series = Series::new(INTERVALS, TOLERANCE);
+            // As late as a timer is.
+            let mut now = Duration::from_millis(1000 * first + 2);
+            for _ in 0..6 {
+                now += series.probe(now, 1.0).next;
+            }
+            assert_eq!(now.as_millis() % 15_000, 0, "{first}");
         }
     }
 
