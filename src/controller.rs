@@ -338,7 +338,7 @@ async fn judge_one(
     }
     let mut health = judge::AnswerHealth::Good;
     let queries = trial.queries();
-    for (from, until) in judge::chunks(&trial.arms, evidence.last_tick, until, trial.step) {
+    for (from, until) in trial.ranges(&evidence, until) {
         let asked = queries.iter().map(|query| prometheus.range(query, from, until, trial.step));
         let answers = futures::future::join_all(asked).await;
         (evidence, health) = trial.fold(evidence, &answers, from, until);

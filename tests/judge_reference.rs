@@ -155,6 +155,7 @@ fn trial(kpi: Kpi, preflight: Preflight, (canary, baseline): (i32, i32), alarm_a
         preflight: Some(preflight),
         alarm_at,
         step: STEP,
+        warm_up: 0,
         bake,
     }
 }

@@ -566,6 +566,7 @@ fn the_checkpoint_of_the_bundled_kpis_is_small() {
         baseline: counts(),
         silence: 1.234_567_890_123_456_7e6,
         recent: carry(),
+        latest: carry(),
         carry: Some(carry()),
     };
     let bytes: usize = rollout

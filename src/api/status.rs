@@ -1,5 +1,7 @@
 //! The status of a rollout: the operator's only memory. Serde and schema only.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::KubeSchema;
 use schemars::JsonSchema;
@@ -411,6 +413,9 @@ pub struct Evidence {
     /// Evidence of each share of requests that is compared: one of an error ratio, one for each bound of a latency.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shares: Vec<ShareEvidence>,
+    /// Pods whose latency is not counted, since they began in mid-stage and are cold yet: each with the tick of its first sample.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub cold: BTreeMap<String, i64>,
     /// Evidence of a gauge.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gauge: Option<GaugeEvidence>,
@@ -440,6 +445,9 @@ pub struct ShareEvidence {
     /// The same of the latest ticks, of which older ones weigh less.
     #[serde(default)]
     pub recent: Carry,
+    /// The same of the latest tick alone.
+    #[serde(default)]
+    pub latest: Carry,
     /// Requests that one arm has had since the other's last: the baseline's while the canary is silent, and less than 0 the canary's.
     #[serde(default)]
     pub silence: f64,
@@ -469,7 +477,7 @@ pub struct GaugeSums {
     /// First tick, against which times are taken.
     pub from: i64,
     /// By pod: of the canary, of the baseline.
-    pub pods: [std::collections::BTreeMap<String, PodSums>; 2],
+    pub pods: [BTreeMap<String, PodSums>; 2],
     /// Samples that were no number, and all samples.
     pub dropped: (i64, i64),
 }

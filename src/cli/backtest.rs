@@ -98,7 +98,9 @@ fn judge(case: &Case) -> Judged {
     let mut alarmed = None;
     let mut result = trial.judge(&evidence, &crate::decision::judge::AnswerHealth::Good);
     for tick in (1..=(until - from) / step).map(|n| from + n * step) {
-        let (next, health) = trial.fold(evidence, &case.answers(tick - step, tick), tick - step, tick);
+        // The first range is the longest.
+        let (asked, _) = trial.ranges(&evidence, tick).next().unwrap_or((tick - step, tick));
+        let (next, health) = trial.fold(evidence, &case.answers(asked, tick), asked, tick);
         result = trial.judge(&next, &health);
         evidence = next;
         if result.verdict == Verdict::Fail {

@@ -74,6 +74,9 @@ pub struct Recorded {
     /// What was learned of it. Absent: the cautious end of the range.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub preflight: Option<Preflight>,
+    /// How long a pod that begins in mid-stage is cold, in seconds: its latency is not counted until then. Absent: it is not waited for.
+    #[serde(default)]
+    pub warm_up: i64,
     /// Unix time in seconds of the tick at which the evidence began; it is the base of the first difference and not judged itself.
     pub from: Tick,
     /// Unix time in seconds of the last tick.
@@ -249,13 +252,16 @@ impl DataSet {
             preflight: recorded.preflight.clone(),
             alarm_at,
             step: self.step,
+            warm_up: recorded.warm_up,
             bake: self.bake.unwrap_or(ticks),
         };
+        // What is before the evidence may be left out.
+        let (asked, _) = trial.ranges(&judge::beginning(from), until).next().unwrap_or((from, until));
         let wanted = trial.queries().len();
         let mut answers = vec![];
         for (index, query) in recorded.queries.iter().enumerate() {
             let place = format!("queries[{index}].series");
-            answers.push(self.answer(query, from, until).with_context(|| place)?);
+            answers.push(self.answer(query, asked, until).with_context(|| place)?);
         }
         // The times of the samples may be left out: each is then of its own time.
         let timed = matches!(kpi.test, Test::ErrorRatio { .. } | Test::Latency { .. });

@@ -120,6 +120,9 @@ const EVIDENCE: &str =
     "  The evidence of an errorRatio or a latency is made tick by tick from canary x of n and baseline y of m in that tick. With
   s(r) = r n / (r n + m) and r0 the tolerated ratio, seven weights, one for each k of 1.25, 1.6, 2, 3, 5, 10 and 30, begin with
   1/2; at tick t > 1 each gets 1/2 / ((t-1) t) more; then it is multiplied by (s(r0 k) / s(r0))^x ((1 - s(r0 k)) / (1 - s(r0)))^y.
+  At the edge of a burst x counts up to e exp(2 sqrt(1/(x' + 1/2) + 1/(e + 1/2))), e = n (x' + 1/2) / (n' + 1), and r0 is multiplied
+  by what (y + 1/2) / (m + 1) has changed beyond a factor of exp(2 sqrt(1/(y' + 1/2) + 1/(y + 1/2))); x', n', y' and m' are those of
+  the tick before, which for the first tick is the one that `from` names.
   After tick t the evidence is ln(mean of the weights + 1/2 / t), less ln 2 where a latency has two bounds. It alarms where it
   reaches ln(1/alpha) while the shares differ by minimumEffect or more. The evidence of a gauge is the highest ln(1/p) + ln of the
   look's share so far, p that of Student's t on the pods' means or slopes. To see each tick:
@@ -244,7 +247,8 @@ fn tell(
         let at = judge::alarm_at(probability, share, stages, attempt);
         format!(
             "ln(1/alpha) = {at:.4}, alpha = {probability} (analysis.falseRollbackProbability) x {share:.4} (share of this KPI) / {stages} \
-             (stages) x 6 / (pi^2 x {attempt}^2) (attempt {attempt}) = {:.3e}",
+             (stages) x {} (attempt {attempt}) = {:.3e}",
+            if attempt <= 1 { "0.9".to_owned() } else { format!("0.1 / ({} x {attempt})", attempt - 1) },
             (-at).exp()
         )
     });

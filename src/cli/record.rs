@@ -134,6 +134,7 @@ pub async fn record(
                 .with_context(|| format!("the specification has no KPI {}", trial.kpi.name))?,
             alarm_at: Some(trial.alarm_at),
             preflight: trial.preflight.clone(),
+            warm_up: trial.warm_up,
             from,
             until,
             queries,
@@ -243,7 +244,7 @@ async fn read(
     let mut read = vec![];
     for query in trial.queries() {
         let mut whole: BTreeMap<(String, String, String), judge::Series> = BTreeMap::new();
-        for (from, until) in judge::chunks(&trial.arms, from, until, trial.step) {
+        for (from, until) in trial.ranges(&judge::beginning(from), until) {
             let samples = match prometheus.range(&query, from, until, trial.step).await {
                 Answer::Series(samples) => samples,
                 Answer::Down(why) => bail!("{why}"),

@@ -108,6 +108,7 @@ pub fn inquiry(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Opt
             arms: arms.clone(),
             preflight: preflight.cloned(),
             step,
+            warm_up: seconds(warm_up(rollout, kpi)),
             bake: (i64::try_from(bake).unwrap_or(i64::MAX) + step - 1) / step,
         };
         let evidence = known.and_then(|known| known.evidence.clone());
@@ -266,11 +267,20 @@ fn interval(rollout: &Rollout) -> i64 {
 
 /// The grid tick that is the base of a stage's evidence: the first after exposure and warm-up, the KPI's own where it has one.
 fn evidence_from(rollout: &Rollout, stage: &StageStatus, kpi: Option<&Kpi>) -> Option<Tick> {
-    let warm_up = kpi.and_then(|kpi| kpi.warm_up).unwrap_or(rollout.analysis.warm_up);
+    let warm_up = kpi.map_or(rollout.analysis.warm_up, |kpi| warm_up(rollout, kpi));
     let warm = stage.exposed_at.as_ref()?.0 + span(warm_up);
     let step = interval(rollout);
     let whole = warm.as_second() + i64::from(warm.subsec_nanosecond() > 0);
     Some((whole + step - 1).div_euclid(step) * step)
+}
+
+/// How long pods are cold: the KPI's own warm-up where it has one.
+fn warm_up(rollout: &Rollout, kpi: &Kpi) -> crate::api::Duration {
+    kpi.warm_up.unwrap_or(rollout.analysis.warm_up)
+}
+
+fn seconds(duration: crate::api::Duration) -> i64 {
+    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
 }
 
 /// The grid tick that is the base of a KPI's evidence: never before the end of what was learned of it.
@@ -1211,6 +1221,7 @@ impl Machine<'_> {
                     arms: arms.clone(),
                     preflight: learned(&self.status, kpi, track).cloned(),
                     step,
+                    warm_up: seconds(warm_up(self.rollout, kpi)),
                     bake: i64::try_from(planned.duration.as_secs()).unwrap_or(i64::MAX) / step,
                 };
                 if let Some(told) = trial.foretold()

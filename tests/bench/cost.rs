@@ -44,7 +44,10 @@ pub fn print(seed: u64, ticks: usize) {
             native: false,
             rate: Default::default(),
         };
-        let mut judged = Judged::begin(index, trial(kpi, Some(preflight)), traffic.slot * SLOT);
+        let mut judged = {
+            let now = traffic.slot * SLOT;
+            Judged::begin(index, trial(kpi, Some(preflight)), now, now)
+        };
         let times = (0..ticks).map(|_| {
             traffic.step(SERVING, world.rps);
             let [canary, baseline] = &traffic.pods;
@@ -81,5 +84,13 @@ pub fn print(seed: u64, ticks: usize) {
 }
 
 fn trial(kpi: Kpi, preflight: Option<Preflight>) -> Trial {
-    Trial { kpi, arms: judged::arms(NAMES, SERVING), preflight, alarm_at: 8.3, step: SLOT, bake: 100_000 }
+    Trial {
+        kpi,
+        arms: judged::arms(NAMES, SERVING),
+        preflight,
+        alarm_at: 8.3,
+        step: SLOT,
+        warm_up: 60,
+        bake: 100_000,
+    }
 }

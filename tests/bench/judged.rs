@@ -215,7 +215,8 @@ pub struct Judged {
 }
 
 impl Judged {
-    pub fn begin(kpi: usize, trial: Trial, from: Tick) -> Self {
+    /// Begins at `from`, after what is asked from `asked` on to see which pods are cold.
+    pub fn begin(kpi: usize, trial: Trial, asked: Tick, from: Tick) -> Self {
         let preflight = trial.preflight.as_ref().expect("learned");
         Self {
             feed: Feed::of(kpi, preflight),
@@ -224,7 +225,7 @@ impl Judged {
             blind: 0,
             alarm: None,
             trial,
-            from,
+            from: asked,
             ticks: 0,
         }
     }
@@ -232,6 +233,13 @@ impl Judged {
     /// Makes the answers of a tick.
     pub fn ask(&mut self, pods: &[&Pod]) {
         self.feed.fill(pods, self.from, self.from + SLOT);
+    }
+
+    /// A tick before the evidence begins.
+    pub fn warm(&mut self, pods: &[&Pod]) {
+        self.ask(pods);
+        self.fold();
+        self.ticks = 0;
     }
 
     /// Folds them.

@@ -133,10 +133,7 @@ fn run(
         traffic.step(stage.serving, rps);
         slots.push(Slot::of(&serving(traffic, stage), stage.serving));
     };
-    for _ in 0..WARM_UP {
-        step(traffic, &mut slots);
-    }
-    let from = traffic.slot * SLOT;
+    let asked = traffic.slot * SLOT;
     let mut numbers = 0..KPIS.len();
     let mut judged = judged::kpis().map(|kpi| {
         let number = numbers.next().expect("one for each KPI");
@@ -146,15 +143,19 @@ fn run(
             preflight: Some(learned[number].clone()),
             alarm_at: alarm_at(PROBABILITY, 1.0 / SHARES, STAGES.len(), 1),
             step: SLOT,
+            warm_up: WARM_UP * SLOT,
             bake: STAGE - WARM_UP,
         };
-        Judged::begin(number, trial, from)
+        Judged::begin(number, trial, asked, asked + WARM_UP * SLOT)
     });
-    for _ in WARM_UP..STAGE {
+    for slot in 0..STAGE {
         step(traffic, &mut slots);
         let pods = serving(traffic, stage);
         for judged in &mut judged {
-            judged.tick(&pods);
+            match slot < WARM_UP {
+                true => judged.warm(&pods),
+                false => judged.tick(&pods),
+            }
         }
     }
     (slots, judged)

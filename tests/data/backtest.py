@@ -27,13 +27,21 @@ def evidence(x, n, y, m, r0):
     """Log evidence after each tick, without the rule that a difference must matter."""
     ks = [1.25, 1.6, 2, 3, 5, 10, 30]
     weights = [0.5] * len(ks)
-    told = []
+    told, latest = [], None
     for t, (x, n, y, m) in enumerate(zip(x, n, y, m), 1):
+        beyond = lambda a, b: 2 * math.sqrt(1 / (a + 0.5) + 1 / (b + 0.5))
+        rate = lambda x, n: (x + 0.5) / (n + 1)
+        before, latest, edge = latest, (x, n, y, m), 0
+        if before:
+            expected = rate(before[0], before[1]) * n
+            x = min(x, expected * math.exp(beyond(before[0], expected)))
+            edge = max(0, abs(math.log(rate(y, m) / rate(before[2], before[3]))) - beyond(before[2], y))
+        r = r0 * math.exp(edge)
         s = lambda r: r * n / (r * n + m)
         if t > 1:
             weights = [w + 0.5 / ((t - 1) * t) for w in weights]
         weights = [
-            w * (s(r0 * k) / s(r0)) ** x * ((1 - s(r0 * k)) / (1 - s(r0))) ** y for w, k in zip(weights, ks)
+            w * (s(r * k) / s(r)) ** x * ((1 - s(r * k)) / (1 - s(r))) ** y for w, k in zip(weights, ks)
         ]
         told.append(math.log(sum(weights) / len(weights) + 0.5 / t))
     return told

@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
 """Computes the evidence of error ratios independently of the operator: writes eprocess.json beside this file.
 
-The operator adds up logarithms of ratios in f64. Here every tick's factor is the quotient of two binomial probabilities (the
-coefficient included), the factors are multiplied, and the mixture is averaged, all in decimals of 60 digits; one logarithm is
+The operator adds up logarithms of ratios in f64. Here every tick's factor is the quotient of two binomial probabilities
+(whose coefficient is the same), the factors are multiplied, and the mixture is averaged, all in decimals of 60 digits; one logarithm is
 taken at the end. The prior over the tick at which harm begins is written out as a sum over all beginnings, each with a product of
 its own. Plain Python 3, no packages.
 """
 
 import json
-import math
 import pathlib
 import random
 from decimal import Decimal, getcontext
@@ -28,7 +27,22 @@ def prior(n):
 
 
 def binomial(k, m, share):
-    return math.comb(m, k) * share**k * (1 - share) ** (m - k)
+    return share**k * (1 - share) ** (m - k)
+
+
+def steady(before, tick):
+    """The canary's events that count, and the factor by which more is tolerated, after the tick before."""
+    (oxc, onc, oxb, onb), (xc, nc, xb, nb) = ([Decimal(count) for count in row] for row in (before, tick))
+    half = Decimal(1) / 2
+    beyond = lambda a, b: 2 * (1 / (a + half) + 1 / (b + half)).sqrt()
+    rate = lambda x, n: (x + half) / (n + 1)
+    if onc:
+        expected = rate(oxc, onc) * nc
+        xc = min(xc, expected * beyond(oxc, expected).exp())
+    edge = Decimal(0)
+    if onb and nb:
+        edge = max(edge, abs((rate(xb, nb) / rate(oxb, onb)).ln()) - beyond(oxb, xb))
+    return xc, edge.exp()
 
 
 def evidence(ticks, r0, effect):
@@ -36,18 +50,21 @@ def evidence(ticks, r0, effect):
     # For each beginning: its prior probability, and for each ratio the product of the factors since.
     begun = []
     sums = [0, 0, 0, 0]
-    waiting = None
+    waiting, before = None, (0, 0, 0, 0)
     logs, peak = [], Decimal(0)
     for n, tick in enumerate(ticks, 1):
         begun.append((prior(n), [Decimal(1)] * len(GRID)))
         sums = [a + b for a, b in zip(sums, tick)]
-        xc, nc, xb, nb = [a + b for a, b in zip(tick, waiting or (0, 0, 0, 0))]
+        counted, edge = steady(before, tick)
+        before = tick
+        xc, nc, xb, nb = [a + b for a, b in zip((counted, *tick[1:]), waiting or (0, 0, 0, 0))]
         waiting = None
         if nc == 0 or nb == 0:
             waiting = tick if tick[1] or tick[3] else None
         elif xc + xb:
-            null = binomial(xc, xc + xb, r0 * nc / (r0 * nc + nb))
-            factors = [binomial(xc, xc + xb, r0 * g * nc / (r0 * g * nc + nb)) / null for g in GRID]
+            r = r0 * edge
+            null = binomial(xc, xc + xb, r * nc / (r * nc + nb))
+            factors = [binomial(xc, xc + xb, r * g * nc / (r * g * nc + nb)) / null for g in GRID]
             for _, wealth in begun:
                 wealth[:] = [w * f for w, f in zip(wealth, factors)]
         mixed = sum(probability * sum(wealth) / len(GRID) for probability, wealth in begun)

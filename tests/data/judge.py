@@ -351,7 +351,7 @@ def pooled():
 def alarms():
     rows = []
     for probability, share, stages, attempt in ((0.01, 1, 1, 1), (0.01, 0.25, 6, 1), (0.05, 0.1, 5, 3), (0.001, 0.01, 20, 40)):
-        alpha = probability * share / stages / (special.zeta(2) * attempt**2)
+        alpha = probability * share / stages * (0.9 if attempt == 1 else 0.1 / ((attempt - 1) * attempt))
         rows.append([probability, share, stages, attempt, -math.log(alpha)])
     return rows
 

@@ -13,11 +13,11 @@ use super::{STEP, arms, counter, kpi, labelled, ratio, some, threshold, times, t
 
 const BOUNDS: [&str; 4] = ["0.1", "0.25", "1.0", "+Inf"];
 
-fn latency() -> Kpi {
+pub(super) fn latency() -> Kpi {
     kpi(Test::Latency { histogram: "d_bucket{$arm}".to_owned(), tolerance: 1.25, minimum_effect: 0.005 })
 }
 
-fn gauge(direction: Direction) -> Kpi {
+pub(super) fn gauge(direction: Direction) -> Kpi {
     kpi(Test::Gauge { query: "memory_bytes{$arm}".to_owned(), direction, tolerance: 0.05 })
 }
 
@@ -104,6 +104,36 @@ fn a_restart_of_a_histogram_makes_no_slow_requests() {
     let (evidence, _) = trial.fold(Evidence::default(), &latency_answers(&samples), 0, 4 * STEP);
     let canary = evidence.shares[0].canary;
     assert_eq!((canary.events, canary.total), (0.0, 100.0 + 100.0 + 30.0 + 30.0));
+}
+
+#[test]
+fn a_pod_that_restarts_in_mid_stage_is_cold_for_a_warm_up() {
+    let preflight = learned(8, &[LEAST], &["0.25"]);
+    let trial = |warm_up| Trial { warm_up, ..with(latency(), arms(1, 1), preflight.clone()) };
+    let mut samples = steady([100, 0, 0, 0], [100, 0, 0, 0], 6);
+    for series in samples.iter_mut().filter(|series| series.pod.contains("canary")) {
+        // Restarted before the third tick.
+        let restarted = [30.0, 60.0, 90.0, 120.0];
+        for (point, value) in series.points[3..].iter_mut().zip(restarted) {
+            point.1 = value;
+        }
+    }
+    let answers = latency_answers(&samples);
+    for (warm_up, counted) in [(0, 320.0), (STEP, 260.0), (2 * STEP, 230.0), (600, 200.0)] {
+        let (evidence, health) = trial(warm_up).fold(beginning(0), &answers, 0, 6 * STEP);
+        assert_eq!((evidence.shares[0].canary.total, health), (counted, AnswerHealth::Good), "{warm_up}");
+        assert_eq!(evidence.shares[0].baseline.total, 600.0);
+        assert_eq!(evidence.cold.keys().collect::<Vec<_>>().len(), usize::from(warm_up == 600));
+        // One tick at a time, and from before the beginning, it is the same.
+        let mut evidence = beginning(0);
+        for tick in 1..=6 {
+            evidence = trial(warm_up).fold(evidence, &answers, 0, tick * STEP).0;
+        }
+        assert_eq!(evidence.shares[0].canary.total, counted, "{warm_up}");
+    }
+    // What began in the warm-up of the stage is seen before the evidence begins.
+    let (evidence, _) = trial(2 * STEP).fold(beginning(4 * STEP), &answers, 0, 6 * STEP);
+    assert_eq!(evidence.shares[0].canary.total, 30.0);
 }
 
 #[test]

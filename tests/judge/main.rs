@@ -2,15 +2,15 @@
 
 mod kinds;
 
-use std::{collections::BTreeMap, f64::consts::PI};
+use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use serde::Deserialize;
 use synthex_operator::{
-    api::{self, Cause, Counts, Evidence, KpiStatus, ShareEvidence, Verdict},
+    api::{self, Cause, Counts, Direction, Evidence, KpiStatus, ShareEvidence, Verdict},
     decision::judge::{
         Answer, AnswerHealth, Arm, Arms, Bound, CAUTIOUS, Kpi, Samples, Series, Test, Tick, Trial, alarm_at,
-        chunks, effective_tolerance, observed, settled,
+        beginning, effective_tolerance, observed, settled,
     },
 };
 
@@ -53,7 +53,7 @@ fn kpi(test: Test) -> Kpi {
 
 /// A trial in which nothing was learned of the pods, so that the cautious spread is taken.
 fn trial(kpi: Kpi, arms: Arms) -> Trial {
-    Trial { kpi, arms, preflight: None, alarm_at: 8.6, step: STEP, bake: 1000 }
+    Trial { kpi, arms, preflight: None, alarm_at: 8.6, step: STEP, warm_up: 0, bake: 1000 }
 }
 
 fn fold(
@@ -207,15 +207,40 @@ fn harm_that_begins_late_is_found_as_well() {
         alarm.expect("harm is found") - healthy
     };
     assert_eq!(after(0), 1);
-    // After a day (5,760 ticks of 15 s) it is found in one tick more: harm that begins late matters by its own size, and not
-    // by what it adds to the whole stage.
-    assert_eq!(after(5760), 2);
+    // After a day (5,760 ticks of 15 s) it is found in two ticks more: the first may be the edge of a burst, and harm that begins
+    // late matters by its own size, and not by what it adds to the whole stage.
+    assert_eq!(after(5760), 3);
+}
+
+#[test]
+fn the_edge_of_a_burst_is_no_harm() {
+    // Both arms come to fail 20 times as often; the baseline's pods are scraped a little earlier.
+    let rates = |per_tick: [u64; 6]| {
+        let mut sum = 0;
+        per_tick.map(|errors| {
+            sum += errors;
+            Some(sum as f64)
+        })
+    };
+    let peak = |canary: [u64; 6]| {
+        let errors = [
+            counter("x-canary-a-1", &rates(canary)),
+            counter("x-baseline-a-1", &rates([0, 50, 50, 300, 1000, 1000])),
+        ];
+        let requests: Vec<_> = (0..6).map(|tick| Some(10_000.0 * f64::from(tick))).collect();
+        let total = [counter("x-canary-a-1", &requests), counter("x-baseline-a-1", &requests)];
+        let trial = Trial { preflight: None, ..trial(ratio(1.25, 0.001), arms(10, 10)) };
+        trial.fold(beginning(0), &answers(&errors, &total), 0, 5 * STEP).0.shares[0].peak
+    };
+    assert!(peak([0, 50, 50, 1000, 1000, 1000]) < 4.0);
+    // Harm that lasts shows in the tick after.
+    assert!(peak([0, 50, 50, 2000, 3000, 3000]) > 50.0);
 }
 
 #[test]
 fn alpha_is_spent_over_kpis_stages_and_attempts() {
     let alpha = |share, stages, attempt| (-alarm_at(0.01, share, stages, attempt)).exp();
-    assert!((alpha(0.25, 6, 1) - 0.01 / 24.0 * 6.0 / (PI * PI)).abs() < 1e-15);
+    assert!((alpha(0.25, 6, 1) - 0.01 / 24.0 * 0.9).abs() < 1e-15);
     let spent: f64 = (1..10_000).map(|attempt| alpha(0.25, 6, attempt)).sum();
     assert!(spent < 0.01 / 24.0 && spent > 0.0099 / 24.0, "{spent}");
     assert_eq!(alarm_at(0.01, 1.0, 0, 0), alarm_at(0.01, 1.0, 1, 1));
@@ -732,7 +757,14 @@ fn ticks_settle_and_are_asked_for_in_chunks() {
     assert_eq!([settled(100, 15), settled(99, 15), settled(110, 15)], [90, 75, 90]);
     assert_eq!([settled(100, 1), settled(1000, 60), settled(5, 15)], [99, 960, -15]);
 
-    let ranges = |arms: &Arms, from, until| chunks(arms, from, until, STEP).collect::<Vec<_>>();
+    let of = |kpi: Kpi, arms: &Arms, from, until| {
+        let trial = Trial { warm_up: 50, ..trial(kpi, arms.clone()) };
+        trial.ranges(&beginning(from), until).collect::<Vec<_>>()
+    };
+    let ranges = |arms: &Arms, from, until| of(kinds::gauge(Direction::LowerIsBetter), arms, from, until);
+    // What changes and what is cold when the evidence begins is seen before it.
+    assert_eq!(of(ratio(1.25, 0.001), &arms(1, 1), 60, 90), [(45, 90)]);
+    assert_eq!(of(kinds::latency(), &arms(1, 1), 60, 90), [(0, 90)]);
     assert_eq!(ranges(&arms(1, 1), 30, 60), [(30, 60)]);
     assert_eq!(ranges(&arms(1, 1), 30, 70), [(30, 60)]);
     assert_eq!(

@@ -629,9 +629,7 @@ impl World {
                 let mut evidence = evidence.clone();
                 let mut health = judge::AnswerHealth::Good;
                 let queries = trial.queries();
-                for (from, until) in
-                    judge::chunks(&trial.arms, evidence.last_tick, inquiry.until, inquiry.step)
-                {
+                for (from, until) in trial.ranges(&evidence, inquiry.until) {
                     let answers: Vec<_> = queries
                         .iter()
                         .map(|query| self.prometheus.range(query, from, until, inquiry.step, self.now))

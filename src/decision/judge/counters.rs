@@ -2,7 +2,7 @@
 //!
 //! Differences are taken per series and then summed, so that a restart of one pod is seen as such.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use super::{Arm, Grid, Series, Tick};
 
@@ -56,6 +56,44 @@ pub(super) struct Read {
     pub(super) fault: Option<String>,
 }
 
+/// Which pods are cold: what they are told apart by goes from one stretch of ticks to the next.
+pub(super) struct Cold {
+    /// Pods that began in mid-stage, each with the tick of its first sample.
+    pub(super) began: BTreeMap<String, Tick>,
+    /// How long they are cold, in seconds; 0 where that does not matter.
+    pub(super) warm_up: i64,
+}
+
+impl Cold {
+    /// Marks the ticks at which a pod is cold. `up` says at which it was scraped. A pod begins where it was not a tick ago, or where
+    /// its count of requests fell.
+    fn mark(&mut self, cold: &mut [bool], pod: &[(&Counted<'_>, Counter)], up: &[bool], grid: Grid) {
+        cold.fill(false);
+        let totals =
+            || pod.iter().filter(|(_, counter)| *counter == Counter::Total).map(|(series, _)| series);
+        let falls = |pair: &[(Tick, f64)]| pair[1].1 < pair[0].1;
+        let name = pod[0].0.of.pod.as_str();
+        let whole = up.iter().all(|up| *up) && !totals().any(|series| series.points.windows(2).any(falls));
+        if self.warm_up <= 0 || whole && !self.began.contains_key(name) {
+            return;
+        }
+        let fell = |tick| {
+            totals().any(|series| series.points.windows(2).any(|pair| pair[1].0 == tick && falls(pair)))
+        };
+        let mut began = self.began.remove(name);
+        for index in 1..grid.len() {
+            let tick = grid.tick(index);
+            if up[index] && (!up[index - 1] || fell(tick)) {
+                began = began.max(Some(tick));
+            }
+            cold[index] = began.is_some_and(|began| tick - began <= self.warm_up);
+        }
+        if let Some(began) = began.filter(|_| cold[grid.len() - 1]) {
+            self.began.insert(name.to_owned(), began);
+        }
+    }
+}
+
 /// Which of the counters a series is.
 #[derive(Clone, Copy, PartialEq)]
 enum Counter {
@@ -64,7 +102,13 @@ enum Counter {
 }
 
 impl Read {
-    pub(super) fn of(canary: &Arm, baseline: &Arm, answers: &Counters<'_>, grid: Grid) -> Self {
+    pub(super) fn of(
+        canary: &Arm,
+        baseline: &Arm,
+        answers: &Counters<'_>,
+        cold: &mut Cold,
+        grid: Grid,
+    ) -> Self {
         let len = grid.len();
         let mut read = Self {
             counts: vec![[Tally::default(); 2]; len],
@@ -83,7 +127,7 @@ impl Read {
         // In one order always, since sums of floating-point numbers depend on it. By pod first: sorted runs are merged in no time.
         sorted.sort_by(|(a, _), (b, _)| a.of.pod.cmp(&b.of.pod));
 
-        let (mut pod_up, mut target_up) = (vec![false; len], vec![false; len]);
+        let [mut pod_up, mut target_up, mut is_cold] = [(); 3].map(|()| vec![false; len]);
         for pod in sorted.chunk_by_mut(|(a, _), (b, _)| a.of.pod == b.of.pod) {
             pod.sort_by(|(a, _), (b, _)| match std::ptr::eq(a.of, b.of) {
                 true => std::cmp::Ordering::Equal,
@@ -99,7 +143,10 @@ impl Read {
             }
             let Some(arm) = arm_of(&pod[0].0.of.pod) else { continue };
             mark(&mut pod_up, pod, grid);
-            for target in pod.chunk_by(|(a, _), (b, _)| std::ptr::eq(a.of, b.of) || a.of.instance == b.of.instance) {
+            cold.mark(&mut is_cold, pod, &pod_up, grid);
+            for target in
+                pod.chunk_by(|(a, _), (b, _)| std::ptr::eq(a.of, b.of) || a.of.instance == b.of.instance)
+            {
                 read.refuse_twins(target, grid);
                 let up = if target[0].0.of.instance.is_empty() || target.len() == pod.len() {
                     &pod_up
@@ -108,10 +155,11 @@ impl Read {
                     &target_up
                 };
                 for &(series, counter) in target {
-                    read.count(series, counter, arm, up, grid);
+                    read.count(series, counter, arm, (up, &is_cold), grid);
                 }
             }
         }
+        cold.began.retain(|_, began| grid.last() - *began <= cold.warm_up);
         for pod in answers.times.chunk_by(|a, b| a.pod == b.pod) {
             let Some(arm) = arm_of(&pod[0].pod) else { continue };
             for &(time, sampled) in pod.iter().flat_map(|series| &series.points) {
@@ -123,9 +171,20 @@ impl Read {
         read
     }
 
-    /// Adds the increase of one counter to its arm. `up` says at which ticks its target was scraped.
-    fn count(&mut self, series: &Counted<'_>, counter: Counter, arm: usize, up: &[bool], grid: Grid) {
+    /// Adds the increase of one counter to its arm. `up` says at which ticks its target was scraped, and `cold` at which its pod
+    /// is not counted.
+    fn count(
+        &mut self,
+        series: &Counted<'_>,
+        counter: Counter,
+        arm: usize,
+        (up, cold): (&[bool], &[bool]),
+        grid: Grid,
+    ) {
         increases(&series.points, up, grid, |index, increase| {
+            if cold[index] {
+                return;
+            }
             let tally = &mut self.counts[index][arm];
             match counter {
                 Counter::Event(kind) => tally.events[kind] += increase,
@@ -212,7 +271,10 @@ pub(super) fn increases(points: &[(Tick, f64)], up: &[bool], grid: Grid, mut tel
 /// The buckets of histograms as counters of what lies above each of `bounds`, and of all there is.
 ///
 /// A histogram without the bucket of a bound counts up to the largest bound below it, which for a native histogram is the same.
-pub(super) fn above<'a>(buckets: &'a [Series], bounds: &[f64]) -> ([Vec<Counted<'a>>; KINDS], Vec<Counted<'a>>) {
+pub(super) fn above<'a>(
+    buckets: &'a [Series],
+    bounds: &[f64],
+) -> ([Vec<Counted<'a>>; KINDS], Vec<Counted<'a>>) {
     let mut sorted: Vec<(&Series, &super::samples::Bucket)> =
         buckets.iter().filter_map(|series| Some((series, series.bucket.as_ref()?))).collect();
     sorted.sort_by(|(a, _), (b, _)| a.pod.cmp(&b.pod));
@@ -220,7 +282,9 @@ pub(super) fn above<'a>(buckets: &'a [Series], bounds: &[f64]) -> ([Vec<Counted<
     for pod in sorted.chunk_by_mut(|(a, _), (b, _)| a.pod == b.pod) {
         pod.sort_by(|(_, x), (_, y)| x.histogram.cmp(&y.histogram).then(x.le.total_cmp(&y.le)));
         for histogram in pod.chunk_by(|(_, x), (_, y)| x.histogram == y.histogram) {
-            let Some((all, _)) = histogram.last().filter(|(_, bucket)| bucket.le == f64::INFINITY) else { continue };
+            let Some((all, _)) = histogram.last().filter(|(_, bucket)| bucket.le == f64::INFINITY) else {
+                continue;
+            };
             for (events, bound) in events.iter_mut().zip(bounds) {
                 let below = histogram.iter().rev().find(|(_, bucket)| bucket.le <= *bound);
                 let mut low = below.map_or(&[][..], |(series, _)| &series.points).iter().peekable();

@@ -8,8 +8,6 @@
 //! The mixture is over the ratio and over the tick at which harm begins. With the first tick alone, a day without harm would weigh
 //! against harm that begins in the evening: in a long stage the weights fall without end.
 
-use std::f64::consts::PI;
-
 use crate::api::{Carry, Counts, ShareEvidence};
 
 /// Alternatives of the mixture, as multiples of the tolerated ratio; equal prior weights.
@@ -33,11 +31,12 @@ const Z: f64 = 3.0;
 /// Log evidence at which a KPI alarms: ln(1/alpha), where alpha is this KPI's share in this stage and attempt.
 ///
 /// `probability`, that a healthy rollout is ever rolled back, is spent evenly over stages and over KPIs by their weight (`share`, all
-/// together 1); attempt a (from 1) of a pass has the share 6/(pi² a²), so that all attempts there may ever be spend no more than one
-/// stage's share.
+/// together 1). The first attempt of a pass has nine tenths of it, since most passes need no other; attempt a after it has the share
+/// 1/((a-1)a) of the rest, so that all attempts there may ever be spend no more than one stage's share.
 pub fn alarm_at(probability: f64, share: f64, stages: usize, attempt: i32) -> f64 {
-    let attempt = f64::from(attempt.max(1));
-    (stages.max(1) as f64 * PI * PI * attempt * attempt / (6.0 * probability * share)).ln()
+    let attempt = f64::from(attempt);
+    let of_attempts = if attempt <= 1.0 { 0.9 } else { 0.1 / ((attempt - 1.0) * attempt) };
+    (stages.max(1) as f64 / (probability * share * of_attempts)).ln()
 }
 
 /// The ratio of rates that is called equal: the user's tolerance `r0`, or what `kc` canary and `kb` baseline pods differ by
@@ -66,6 +65,28 @@ pub(super) fn begin(evidence: &mut ShareEvidence, tick: i64) {
     }
 }
 
+/// What of a tick may be taken as evidence after the tick before: the canary's events, and by what factor more is tolerated.
+///
+/// The arms' pods are scraped at different moments, so that a tick at the edge of a burst holds more of it for one arm than for the
+/// other, and may look like any ratio up to the height of the edge. A canary's rate that rises by more than counting explains (two
+/// standard errors) is counted up to there: if it lasts, it counts whole in the next tick. By what factor the baseline's rate changes
+/// beyond the same, more is tolerated. Both can only lessen the evidence, so that what bounds false alarms still holds.
+fn steady(before: &Carry, canary: Counts, baseline: Counts) -> (f64, f64) {
+    let rate = |counts: Counts| (counts.events + 0.5) / (counts.total + 1.0);
+    let beyond = |a: f64, b: f64| 2.0 * (1.0 / (a + 0.5) + 1.0 / (b + 0.5)).sqrt();
+    let mut events = canary.events;
+    if before.canary.total > 0.0 {
+        let expected = rate(before.canary) * canary.total;
+        events = events.min(expected * beyond(before.canary.events, expected).exp());
+    }
+    let mut edge = 0.0;
+    if before.baseline.total > 0.0 && baseline.total > 0.0 {
+        let changed = (rate(baseline) / rate(before.baseline)).ln().abs();
+        edge = (changed - beyond(before.baseline.events, baseline.events)).max(0.0);
+    }
+    (events, edge.exp())
+}
+
 /// Takes the counts of fresh tick number `tick` into the log weights. `r0` is the tolerated ratio, `minimum_effect` the smallest
 /// difference of the two shares that matters, over the whole stage or over its latest ticks.
 pub(super) fn weigh(
@@ -77,6 +98,9 @@ pub(super) fn weigh(
     tick: i64,
 ) {
     let (mut c, mut b) = (canary, baseline);
+    let (events, edge) = steady(&evidence.latest, canary, baseline);
+    (c.events, evidence.latest) = (events, Carry { canary, baseline });
+    let r0 = r0 * edge;
     if let Some(carry) = evidence.carry.take() {
         add(&mut c, carry.canary);
         add(&mut b, carry.baseline);

@@ -203,7 +203,7 @@ fn look(gauge: &Compared<'_>, sums: &GaugeSums, tick: Tick, ticks: i64, seen: &m
     }
     let skipped = (FIRST_SLOPE / FIRST_LOOK).ilog2() as i32;
     if ticks >= FIRST_SLOPE
-        && let Some((t, df)) = slope(gauge, sums).filter(|(t, _)| *t > 0.0)
+        && let Some((t, df)) = slope(gauge, sums, ticks).filter(|(t, _)| *t > 0.0)
     {
         seen.peak = seen.peak.max(student_surprise(t, df) + look_share((seen.looks - skipped).max(1)));
     }
@@ -260,9 +260,11 @@ fn learned(trial: &Trial, plain: bool) -> (f64, f64) {
 }
 
 /// Student's t of the difference of the pods' slopes beyond what is tolerated, with its degrees of freedom: the baseline's alone.
-fn slope(gauge: &Compared<'_>, sums: &GaugeSums) -> Option<(f64, f64)> {
+fn slope(gauge: &Compared<'_>, sums: &GaugeSums, ticks: i64) -> Option<(f64, f64)> {
+    // The slope of a pod that is half as old errs by a multiple of the others': their variance would not hold for it.
+    let enough = SAMPLES.max(0.5 * ticks as f64);
     let slopes = |arm: usize| -> Vec<f64> {
-        let pods = sums.pods[arm].values().filter(|pod| !pod.signed && pod.n >= SAMPLES);
+        let pods = sums.pods[arm].values().filter(|pod| !pod.signed && pod.n >= enough);
         pods.filter_map(|pod| {
             let (across, along) = (pod.tt - pod.t * pod.t / pod.n, pod.ty - pod.t * pod.y / pod.n);
             (across > 0.0).then(|| along / across)

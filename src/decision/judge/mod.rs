@@ -135,6 +135,8 @@ pub struct Trial {
     pub alarm_at: f64,
     /// Spacing of the grid, in seconds.
     pub step: i64,
+    /// How long a pod that begins in mid-stage is cold, in seconds: its latency is not counted until then.
+    pub warm_up: i64,
     /// Ticks of the stage's bake.
     pub bake: i64,
 }
@@ -276,24 +278,6 @@ fn settling(step: i64) -> i64 {
     step.min(10)
 }
 
-/// Cuts the ticks after `from`, up to `until`, into ranges for one query each: `(base, end)`, both asked for, where the base is
-/// the end of the range before. The more pods, the shorter, so that an answer stays far below the bound on its size.
-///
-/// Where no tick is new the last one is asked for again: it adds nothing to the evidence, but a KPI that was blind at that tick
-/// must not pass because nobody looked.
-pub fn chunks(arms: &Arms, from: Tick, until: Tick, step: i64) -> impl Iterator<Item = (Tick, Tick)> {
-    let pods =
-        i64::from(arms.canary.pods.max(1)) + arms.baseline.as_ref().map_or(0, |arm| arm.pods.max(1).into());
-    let step = step.max(1);
-    let longest = (20_000 / pods).clamp(10, MAX_TICKS - 1);
-    let ticks = ((until - from) / step).max(0);
-    let count = (ticks + longest - 1) / longest;
-    (0..count.max(1)).map(move |chunk| {
-        let end = ((chunk + 1) * longest).min(ticks);
-        (from + chunk * longest * step, from + end * step)
-    })
-}
-
 impl Trial {
     /// The shares of requests that are compared.
     fn shares(&self) -> Vec<share::Share> {
@@ -362,10 +346,38 @@ impl Trial {
         Evidence { gauge, ..beginning(from) }
     }
 
+    /// Cuts the ticks up to `until` that this evidence has not seen into ranges for one query each: `(base, end)`, both asked for, where
+    /// the base is the end of the range before. The more pods, the shorter, so that an answer stays far below the bound on its size.
+    ///
+    /// Before its first tick a share of requests is asked for one tick more, against which a change of the rate can be told, and a
+    /// latency for one warm-up more, which shows what pods are cold when the evidence begins.
+    ///
+    /// Where no tick is new the last one is asked for again: it adds nothing to the evidence, but a KPI that was blind at that tick
+    /// must not pass because nobody looked.
+    pub fn ranges(&self, evidence: &Evidence, until: Tick) -> impl Iterator<Item = (Tick, Tick)> + use<> {
+        let baseline = self.arms.baseline.as_ref().map_or(0, |arm| i64::from(arm.pods.max(1)));
+        let pods = i64::from(self.arms.canary.pods.max(1)) + baseline;
+        let step = self.step.max(1);
+        let longest = (20_000 / pods).clamp(10, MAX_TICKS - 1);
+        let before = match self.kpi.test {
+            _ if !evidence.shares.is_empty() => 0,
+            Test::ErrorRatio { .. } => 1,
+            Test::Latency { .. } => (self.warm_up / step + 1).clamp(1, MAX_TICKS),
+            Test::Gauge { .. } | Test::Threshold { .. } => 0,
+        };
+        let from = evidence.last_tick - before * step;
+        let ticks = ((until - from) / step).max(0);
+        let count = (ticks + longest - 1) / longest;
+        (0..count.max(1)).map(move |chunk| {
+            let end = ((chunk + 1) * longest).min(ticks);
+            (from + chunk * longest * step, from + end * step)
+        })
+    }
+
     /// Folds the answers to [`Self::queries`], asked for the ticks `from` to `until`, into the evidence.
     ///
-    /// `from` is the base of the first difference and is not judged itself; ticks that the evidence already holds are passed over, so
-    /// that an answer that is read twice counts once. One call folds [`MAX_TICKS`] at most. Splitting a range at any tick gives the
+    /// `from` is the base of the first difference and is not judged itself; ticks that the evidence already holds or that are before its
+    /// beginning are passed over, so that an answer that is read twice counts once. One call folds [`MAX_TICKS`] at most. Splitting a range at any tick gives the
     /// same evidence to the last bit. When an answer is missing or malformed the evidence comes back as it was, and
     /// the next call can begin at the same tick: nothing is lost by a Prometheus that was away.
     ///
@@ -532,6 +544,7 @@ impl Trial {
             preflight: None,
             alarm_at: 0.0,
             step: 1,
+            warm_up: 0,
             bake: 0,
         };
         KpiStatus { evidence: None, ..trial.judge(&Evidence::default(), health) }

@@ -163,6 +163,7 @@ mod tests {
             preflight: None,
             alarm_at: 8.0,
             step: 15,
+            warm_up: 0,
             bake: 100,
         }
     }

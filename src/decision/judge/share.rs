@@ -1,11 +1,11 @@
 //! Shares of requests, canary against baseline: failed ones, or those slower than a bound. From counts to evidence and to what it
 //! says. Pure.
 
-use crate::api::{Cause, Counts, Evidence, ShareEvidence, Verdict};
+use crate::api::{Carry, Cause, Counts, Evidence, ShareEvidence, Verdict};
 
 use super::{
     AnswerHealth, Arm, Finding, Grid, Test, Trial,
-    counters::{BASELINE, CANARY, Counters, Read},
+    counters::{BASELINE, CANARY, Cold, Counters, Read},
     eprocess::{self, add},
     power, quote,
 };
@@ -40,13 +40,28 @@ pub(super) fn fold(
     no_events: bool,
     grid: Grid,
 ) -> (Evidence, AnswerHealth) {
-    let read = Read::of(&trial.arms.canary, baseline, answers, grid);
+    // A cold pod is slow by nature; one that fails is not well, however young.
+    let warm_up = if matches!(trial.kpi.test, Test::Latency { .. }) { trial.warm_up } else { 0 };
+    let mut cold = Cold { began: std::mem::take(&mut evidence.cold), warm_up };
+    let read = Read::of(&trial.arms.canary, baseline, answers, &mut cold, grid);
+    evidence.cold = cold.began;
     let shares = trial.shares();
     evidence.shares.resize_with(shares.len(), ShareEvidence::default);
     evidence.shares.iter_mut().for_each(eprocess::prepare);
     for index in 1..grid.len() {
         let tick = grid.tick(index);
+        let counted = |kind: usize| {
+            read.counts[index].map(|tally| {
+                // More events than requests come from counters that do not belong together.
+                Counts { events: tally.events[kind].min(tally.total), total: tally.total }
+            })
+        };
         if tick <= evidence.last_tick {
+            // Against the tick at which the evidence begins, a change of the rate in the first one can be told.
+            for (kind, seen) in evidence.shares.iter_mut().enumerate().filter(|_| evidence.fresh_ticks == 0) {
+                let [canary, baseline] = counted(kind);
+                seen.latest = Carry { canary, baseline };
+            }
             continue;
         }
         evidence.last_tick = tick;
@@ -57,10 +72,7 @@ pub(super) fn fold(
         let fresh = read.fresh[CANARY][index] && read.fresh[BASELINE][index];
         evidence.fresh_ticks += i64::from(fresh);
         for (kind, (seen, share)) in evidence.shares.iter_mut().zip(&shares).enumerate() {
-            let [canary, baseline_counts] = read.counts[index].map(|tally| {
-                // More events than requests come from counters that do not belong together.
-                Counts { events: tally.events[kind].min(tally.total), total: tally.total }
-            });
+            let [canary, baseline_counts] = counted(kind);
             add(&mut seen.canary, canary);
             add(&mut seen.baseline, baseline_counts);
             if fresh {
