@@ -71,7 +71,8 @@ impl Cold {
         cold.fill(false);
         let totals =
             || pod.iter().filter(|(_, counter)| *counter == Counter::Total).map(|(series, _)| series);
-        let falls = |pair: &[(Tick, f64)]| pair[1].1 < pair[0].1;
+        // Between neighbours only: what was before a gap is not seen by who looks tick by tick.
+        let falls = |pair: &[(Tick, f64)]| pair[1].0 - pair[0].0 == grid.step && pair[1].1 < pair[0].1;
         let name = pod[0].0.of.pod.as_str();
         let whole = up.iter().all(|up| *up) && !totals().any(|series| series.points.windows(2).any(falls));
         if self.warm_up <= 0 || whole && !self.began.contains_key(name) {
@@ -88,7 +89,7 @@ impl Cold {
             }
             cold[index] = began.is_some_and(|began| tick - began <= self.warm_up);
         }
-        if let Some(began) = began.filter(|_| cold[grid.len() - 1]) {
+        if let Some(began) = began.filter(|began| grid.last() - began <= self.warm_up) {
             self.began.insert(name.to_owned(), began);
         }
     }
