@@ -124,10 +124,11 @@ fn a_pod_that_restarts_in_mid_stage_is_cold_for_a_warm_up() {
         assert_eq!((evidence.shares[0].canary.total, health), (counted, AnswerHealth::Good), "{warm_up}");
         assert_eq!(evidence.shares[0].baseline.total, 600.0);
         assert_eq!(evidence.cold.keys().collect::<Vec<_>>().len(), usize::from(warm_up == 600));
-        // One tick at a time, and from before the beginning, it is the same.
+        // One tick at a time, each looked at again, it is the same.
         let mut evidence = beginning(0);
         for tick in 1..=6 {
-            evidence = trial(warm_up).fold(evidence, &answers, 0, tick * STEP).0;
+            evidence = trial(warm_up).fold(evidence, &answers, (tick - 1) * STEP, tick * STEP).0;
+            evidence = trial(warm_up).fold(evidence, &answers, tick * STEP, tick * STEP).0;
         }
         assert_eq!(evidence.shares[0].canary.total, counted, "{warm_up}");
     }
