@@ -119,11 +119,12 @@ pub struct Told {
 const EVIDENCE: &str =
     "  The evidence of an errorRatio or a latency is made tick by tick from canary x of n and baseline y of m in that tick. With
   s(r) = r n / (r n + m) and r0 the tolerated ratio, seven weights, one for each k of 1.25, 1.6, 2, 3, 5, 10 and 30, begin with
-  1/2; at tick t > 1 each gets 1/2 / ((t-1) t) more; then it is multiplied by (s(r0 k) / s(r0))^x ((1 - s(r0 k)) / (1 - s(r0)))^y.
-  At the edge of a burst x counts up to e exp(2 sqrt(1/(x' + 1/2) + 1/(e + 1/2))), e = n (x' + 1/2) / (n' + 1), and r0 is multiplied
-  by what (y + 1/2) / (m + 1) has changed beyond a factor of exp(2 sqrt(1/(y' + 1/2) + 1/(y + 1/2))); x', n', y' and m' are those of
-  the tick before, which for the first tick is the one that `from` names.
-  After tick t the evidence is ln(mean of the weights + 1/2 / t), less ln 2 where a latency has two bounds. It alarms where it
+  4/5; at tick t > 1 each gets 1/5 / ((t-1) t) more; then it is multiplied by (s(r0 k) / s(r0))^x ((1 - s(r0 k)) / (1 - s(r0)))^y.
+  At the edge of a burst x counts up to e exp(2 sqrt(1/(x' + 1/2) + 1/(e + 1/2))), e = n (x' + 1/2) / (n' + 1), or to what x' = 0
+  makes of it where that is more, and r0 is multiplied by what (y + 1/2) / (m + 1) has changed beyond a factor of
+  exp(2 sqrt(1/(y' + 1/2) + 1/(y + 1/2))); x', n', y' and m' are those of the tick before, which for the first tick is the one
+  that `from` names.
+  After tick t the evidence is ln(mean of the weights + 1/5 / t), less ln 2 where a latency has two bounds. It alarms where it
   reaches ln(1/alpha) while the shares differ by minimumEffect or more. The evidence of a gauge is the highest ln(1/p) + ln of the
   look's share so far, p that of Student's t on the pods' means or slopes. To see each tick:
 ";
@@ -291,8 +292,9 @@ fn tolerance(test: &Test, trial: Option<&Trial>) -> Option<String> {
         .map(|tau| {
             let by_spread = judge::effective_tolerance(1.0, *tau, kc, kb);
             let r0 = judge::effective_tolerance(tolerance, *tau, kc, kb);
+            let z = judge::Z;
             let whence = if by_spread > tolerance { "the spread of pods decides" } else { "the tolerance decides" };
-            format!("max(tolerance {tolerance}, exp(3 x {tau} x sqrt(1/{kc} + 1/{kb})) = {by_spread:.4}) = {r0:.4}: {whence}")
+            format!("max(tolerance {tolerance}, exp({z} x {tau} x sqrt(1/{kc} + 1/{kb})) = {by_spread:.4}) = {r0:.4}: {whence}")
         })
         .collect();
     let learned = match pods {

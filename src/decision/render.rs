@@ -335,6 +335,9 @@ fn container(rollout: &Rollout, wanted: &Wanted<'_>) -> Value {
                 // Connections of their own, so that every pod gets its share.
                 "--connection",
                 "fresh",
+                // Each query its own, so that caches fill, as they do in production.
+                "--distinct",
+                "0",
             ]);
         }
         _ => {

@@ -277,12 +277,6 @@ fn bundled_kpis(name: &str) -> Vec<crate::api::Kpi> {
         expect: promised(change),
         ..Kpi::named(name).secondary()
     };
-    // Since the start of the pod: points are so rare that a rate over minutes would be none most of the time.
-    let per_second = |counter: &str| {
-        format!(
-            "sum by (pod) ({counter}{{$arm}}) / sum by (pod) (time() - process_start_time_seconds{{$arm}})"
-        )
-    };
     match name {
         "memory" => vec![
             gauge("memory", "sum by (pod) (process_resident_memory_bytes{$arm})", -0.35),
@@ -346,11 +340,21 @@ fn bundled_kpis(name: &str) -> Vec<crate::api::Kpi> {
             ),
         ],
         "monitoring" => vec![
-            gauge("data-points", &per_second("synthex_runtime_monitor_points_total"), -0.96),
-            // Millionths of a processor, and more of them in a pod's first minutes: a benefit to be shown, no harm to act upon.
+            // Since the start of the pod: points are so rare that a rate over minutes would be none most of the time.
+            gauge(
+                "data-points",
+                "sum by (pod) (synthex_runtime_monitor_points_total{$arm}) / sum by (pod) (time() - process_start_time_seconds{$arm})",
+                -0.96,
+            ),
+            // Millionths of a processor: a benefit to be shown, no harm to act upon. A monitor learns in its first minute what is noise.
             Kpi {
                 observe_only: true,
-                ..gauge("monitoring-cpu", &per_second("synthex_runtime_monitor_cpu_seconds_total"), -0.80)
+                warm_up: Some(Duration::from_secs(60)),
+                ..gauge(
+                    "monitoring-cpu",
+                    "sum by (pod) (rate(synthex_runtime_monitor_cpu_seconds_total{$arm}[$window]))",
+                    -0.80,
+                )
             },
         ],
         _ => vec![],

@@ -26,24 +26,24 @@ def counters(pods, increments):
 def evidence(x, n, y, m, r0):
     """Log evidence after each tick, without the rule that a difference must matter."""
     ks = [1.25, 1.6, 2, 3, 5, 10, 30]
-    weights = [0.5] * len(ks)
+    weights = [0.8] * len(ks)
     told, latest = [], None
     for t, (x, n, y, m) in enumerate(zip(x, n, y, m), 1):
         beyond = lambda a, b: 2 * math.sqrt(1 / (a + 0.5) + 1 / (b + 0.5))
         rate = lambda x, n: (x + 0.5) / (n + 1)
         before, latest, edge = latest, (x, n, y, m), 0
         if before:
-            expected = rate(before[0], before[1]) * n
-            x = min(x, expected * math.exp(beyond(before[0], expected)))
+            expected = lambda x: rate(x, before[1]) * n
+            x = min(x, max(expected(a) * math.exp(beyond(a, expected(a))) for a in (0, before[0])))
             edge = max(0, abs(math.log(rate(y, m) / rate(before[2], before[3]))) - beyond(before[2], y))
         r = r0 * math.exp(edge)
         s = lambda r: r * n / (r * n + m)
         if t > 1:
-            weights = [w + 0.5 / ((t - 1) * t) for w in weights]
+            weights = [w + 0.2 / ((t - 1) * t) for w in weights]
         weights = [
             w * (s(r * k) / s(r)) ** x * ((1 - s(r * k)) / (1 - s(r))) ** y for w, k in zip(weights, ks)
         ]
-        told.append(math.log(sum(weights) / len(weights) + 0.5 / t))
+        told.append(math.log(sum(weights) / len(weights) + 0.2 / t))
     return told
 
 
@@ -60,7 +60,7 @@ def data_set(seed, harm):
     pods = CANARY + BASELINE
     of = lambda counts: counters(pods, [counts[pod] for pod in pods])
     column = lambda arm, counts: [sum(counts[pod][tick] for pod in arm) for tick in range(TICKS)]
-    r0 = max(tolerance, math.exp(3 * spread * math.sqrt(1 / 2 + 1 / 2)))
+    r0 = max(tolerance, math.exp(3.1 * spread * math.sqrt(1 / 2 + 1 / 2)))
     told = evidence(
         column(CANARY, errors), column(CANARY, total), column(BASELINE, errors), column(BASELINE, total), r0
     )

@@ -17,13 +17,13 @@ GRID = [Decimal(g) for g in ("1.25", "1.6", "2", "3", "5", "10", "30")]
 
 
 def tolerated(r0, tau, kc, kb):
-    spread = 3 * Decimal(tau) * (Decimal(1) / kc + Decimal(1) / kb).sqrt()
+    spread = Decimal("3.1") * Decimal(tau) * (Decimal(1) / kc + Decimal(1) / kb).sqrt()
     return max(Decimal(r0), spread.exp())
 
 
 def prior(n):
     """Probability that harm begins with tick n."""
-    return Decimal(1) / 2 if n == 1 else Decimal(1) / 2 / ((n - 1) * n)
+    return Decimal(4) / 5 if n == 1 else Decimal(1) / 5 / ((n - 1) * n)
 
 
 def binomial(k, m, share):
@@ -37,8 +37,8 @@ def steady(before, tick):
     beyond = lambda a, b: 2 * (1 / (a + half) + 1 / (b + half)).sqrt()
     rate = lambda x, n: (x + half) / (n + 1)
     if onc:
-        expected = rate(oxc, onc) * nc
-        xc = min(xc, expected * beyond(oxc, expected).exp())
+        expected = lambda x: rate(x, onc) * nc
+        xc = min(xc, max(expected(a) * beyond(a, expected(a)).exp() for a in (Decimal(0), oxc)))
     edge = Decimal(0)
     if onb and nb:
         edge = max(edge, abs((rate(xb, nb) / rate(oxb, onb)).ln()) - beyond(oxb, xb))

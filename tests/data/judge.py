@@ -93,9 +93,9 @@ def gauge(case):
                 t = beyond / math.sqrt(variance * (1 / len(c) + 1 / len(b)))
                 if t > 0:
                     peak = max(peak, surprise(t, df) + look_share(looks))
-            grown = slope(case, *arms) if n >= 16 else None
+            grown = slope(case, *arms) if n >= 32 or n == bake else None
             if grown and grown[0] > 0:
-                peak = max(peak, surprise(*grown) + look_share(looks - 2))
+                peak = max(peak, surprise(*grown) + look_share(max(looks - 3, 1)))
         if peak > before:
             rises.append([tick, float(f"{peak:.13g}")])
     return rises, gauge_change(case), gauge_detectable(case)
@@ -216,7 +216,9 @@ def tau(errors, total):
     e = n * np.nansum(x, axis=0) / np.nansum(n, axis=0)
     c = (len(n) - 1) / len(n)
     e2 = np.nansum(e**2)
-    excess = (np.nansum((x - e) ** 2) - c * np.nansum(e)) / (c * e2) if e2 > 0 else 0.0
+    # What counting alone varies by, in its own standard deviation, is taken off.
+    chance = math.sqrt(np.nansum(2 * e**2 + e))
+    excess = (np.nansum((x - e) ** 2) - c * np.nansum(e) - chance) / (c * e2) if e2 > 0 else 0.0
     return len(n), float(np.clip(math.sqrt(max(excess, 0)), 0.1, 0.5))
 
 
@@ -365,7 +367,7 @@ def power(ratio, case, runs):
     kc, kb = case["pods"]
     ticks = case["bake"]
     nc, nb = (round(case["requests"] * k * STEP) for k in (kc, kb))
-    r0 = max(case["tolerance"], math.exp(3 * case["spread"] * math.sqrt(1 / kc + 1 / kb)))
+    r0 = max(case["tolerance"], math.exp(3.1 * case["spread"] * math.sqrt(1 / kc + 1 / kb)))
     x = rng.binomial(nc, min(case["share"] * ratio, 1), (runs, ticks)).astype(float)
     y = rng.binomial(nb, case["share"], (runs, ticks)).astype(float)
     t0 = r0 * nc / (r0 * nc + nb)

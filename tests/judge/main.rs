@@ -186,7 +186,7 @@ fn log_evidence(evidence: &Evidence) -> f64 {
     let weights = &evidence.shares[0].log_weights;
     let highest = weights.iter().copied().fold(0.0, f64::max);
     let begun = weights.iter().map(|w| (w - highest).exp()).sum::<f64>() / weights.len() as f64;
-    let to_come = 0.5 / evidence.fresh_ticks.max(1) as f64;
+    let to_come = 0.2 / evidence.fresh_ticks.max(1) as f64;
     highest + (begun + to_come * (-highest).exp()).ln()
 }
 
@@ -249,11 +249,11 @@ fn alpha_is_spent_over_kpis_stages_and_attempts() {
 #[test]
 fn few_pods_widen_the_tolerance() {
     for (r0, tau, kc, kb, expected) in [
-        (1.25, 0.1, 1, 1, (3.0 * 0.1 * 2f64.sqrt()).exp()),
-        (1.25, 0.5, 10, 1, 4.823_f64),
+        (1.25, 0.1, 1, 1, (3.1 * 0.1 * 2f64.sqrt()).exp()),
+        (1.25, 0.5, 10, 1, 5.0817),
         (1.25, 0.5, 1000, 1000, 1.25),
         (10.0, 0.5, 1, 1, 10.0),
-        (1.25, 0.5, 0, -1, (1.5 * 2f64.sqrt()).exp()),
+        (1.25, 0.5, 0, -1, (1.55 * 2f64.sqrt()).exp()),
     ] {
         let seen = effective_tolerance(r0, tau, kc, kb);
         assert!((seen - expected).abs() < 1e-3, "{r0} {tau} {kc} {kb}: {seen}");

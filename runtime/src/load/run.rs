@@ -268,14 +268,7 @@ async fn send(target: Arc<Target>, plan: Plan, seed: u64) {
             continue;
         };
         target.stats().sent += 1;
-        let body = Bytes::from(
-            json!({
-                "title": format!("Question {query}"),
-                "content": super::filler(query, plan.size),
-                "requester": "synthex-load",
-            })
-            .to_string(),
-        );
+        let body = body(query, plan.size);
         let target = target.clone();
         tokio::spawn(async move {
             let answer = timeout_at(arrival + plan.timeout, target.ask(body)).await;
@@ -292,6 +285,22 @@ async fn send(target: Arc<Target>, plan: Plan, seed: u64) {
             drop(slot);
         });
     }
+}
+
+/// A query as applications send it: a dozen fields and `size` bytes of content.
+fn body(query: u64, size: usize) -> Bytes {
+    let body = json!({
+        "title": format!("Question {query}"),
+        "content": super::filler(query, size),
+        "requester": "synthex-load",
+        "tags": ["latency", "staging", "question"],
+        "metadata": {
+            "type": "technical", "priority": "high", "deadline": "2026-11-24T12:00:00Z",
+            "createdAt": "2026-11-24T11:00:00Z", "constraints": ["no downtime", "one region", "one page"],
+            "service": "shop", "team": "platform", "cluster": "eu-1", "version": "1.4.2",
+        },
+    });
+    Bytes::from(body.to_string())
 }
 
 impl Target {

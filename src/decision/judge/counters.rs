@@ -2,7 +2,7 @@
 //!
 //! Differences are taken per series and then summed, so that a restart of one pod is seen as such.
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::collections::BTreeMap;
 
 use super::{Arm, Grid, Series, Tick};
 
@@ -14,24 +14,41 @@ pub(super) const BASELINE: usize = 1;
 /// Most kinds of event that are counted among the same requests: the two bounds of a latency.
 pub(super) const KINDS: usize = 2;
 
-/// A counter: whose it is, and its points, its own or those made of several buckets.
+/// A counter: whose it is, and what it counts.
 pub(super) struct Counted<'a> {
     pub(super) of: &'a Series,
-    pub(super) points: Cow<'a, [(Tick, f64)]>,
+    pub(super) counter: Counter,
+    /// What is taken off each point, where the counter is made of two buckets: the points of the lower one.
+    under: Option<&'a [(Tick, f64)]>,
+}
+
+impl Counted<'_> {
+    pub(super) fn points(&self) -> impl Iterator<Item = (Tick, f64)> {
+        let mut under = self.under.map(|points| points.iter().peekable());
+        self.of.points.iter().map(move |&(time, count)| {
+            let Some(under) = &mut under else { return (time, count) };
+            while under.next_if(|(at, _)| *at < time).is_some() {}
+            let below = under.peek().filter(|(at, _)| *at == time).map_or(0.0, |(_, below)| *below);
+            (time, (count - below).max(0.0))
+        })
+    }
+
+    /// Whether both are made of the same series.
+    fn same(&self, other: &Self) -> bool {
+        std::ptr::eq(self.of, other.of)
+    }
 }
 
 /// Series that are counters themselves.
-pub(super) fn plain(series: &[Series]) -> Vec<Counted<'_>> {
-    series.iter().map(|of| Counted { of, points: Cow::Borrowed(&of.points) }).collect()
+pub(super) fn plain(counter: Counter, series: &[Series]) -> impl Iterator<Item = Counted<'_>> {
+    series.iter().map(move |of| Counted { of, counter, under: None })
 }
 
 /// The answers of which counts are made.
 pub(super) struct Counters<'a> {
-    /// Series of each kind of event.
-    pub(super) events: [&'a [Counted<'a>]; KINDS],
-    /// Series of all requests.
-    pub(super) total: &'a [Counted<'a>],
-    /// Time of the last sample of `total`.
+    /// In any order.
+    pub(super) counted: &'a [Counted<'a>],
+    /// Time of the last sample of the counters of all requests.
     pub(super) times: &'a [Series],
 }
 
@@ -67,19 +84,18 @@ pub(super) struct Cold {
 impl Cold {
     /// Marks the ticks at which a pod is cold. `up` says at which it was scraped. A pod begins where it was not a tick ago, or where
     /// its count of requests fell.
-    fn mark(&mut self, cold: &mut [bool], pod: &[(&Counted<'_>, Counter)], up: &[bool], grid: Grid) {
+    fn mark(&mut self, cold: &mut [bool], pod: &[&Counted<'_>], up: &[bool], grid: Grid) {
         cold.fill(false);
-        let totals =
-            || pod.iter().filter(|(_, counter)| *counter == Counter::Total).map(|(series, _)| series);
+        let totals = || pod.iter().filter(|series| series.counter == Counter::Total);
         // Between neighbours only: what was before a gap is not seen by who looks tick by tick.
         let falls = |pair: &[(Tick, f64)]| pair[1].0 - pair[0].0 == grid.step && pair[1].1 < pair[0].1;
-        let name = pod[0].0.of.pod.as_str();
-        let whole = up.iter().all(|up| *up) && !totals().any(|series| series.points.windows(2).any(falls));
+        let name = pod[0].of.pod.as_str();
+        let whole = up.iter().all(|up| *up) && !totals().any(|series| series.of.points.windows(2).any(falls));
         if self.warm_up <= 0 || whole && !self.began.contains_key(name) {
             return;
         }
         let fell = |tick| {
-            totals().any(|series| series.points.windows(2).any(|pair| pair[1].0 == tick && falls(pair)))
+            totals().any(|series| series.of.points.windows(2).any(|pair| pair[1].0 == tick && falls(pair)))
         };
         let mut began = self.began.remove(name);
         for index in 1..grid.len() {
@@ -87,17 +103,17 @@ impl Cold {
             if up[index] && (!up[index - 1] || fell(tick)) {
                 began = began.max(Some(tick));
             }
-            cold[index] = began.is_some_and(|began| tick - began <= self.warm_up);
+            cold[index] = began.is_some_and(|began| tick - began < self.warm_up);
         }
-        if let Some(began) = began.filter(|began| grid.last() - began <= self.warm_up) {
+        if let Some(began) = began.filter(|began| grid.last() - began < self.warm_up) {
             self.began.insert(name.to_owned(), began);
         }
     }
 }
 
-/// Which of the counters a series is.
+/// What a counter counts: events of a kind, or all requests.
 #[derive(Clone, Copy, PartialEq)]
-enum Counter {
+pub(super) enum Counter {
     Event(usize),
     Total,
 }
@@ -120,47 +136,44 @@ impl Read {
         };
         let arm_of =
             |pod: &str| if canary.owns(pod) { Some(CANARY) } else { baseline.owns(pod).then_some(BASELINE) };
-        let events = answers.events.into_iter().enumerate();
-        let mut sorted: Vec<(&Counted<'_>, Counter)> = events
-            .flat_map(|(kind, series)| series.iter().map(move |series| (series, Counter::Event(kind))))
-            .chain(answers.total.iter().map(|series| (series, Counter::Total)))
-            .collect();
         // In one order always, since sums of floating-point numbers depend on it. By pod first: sorted runs are merged in no time.
-        sorted.sort_by(|(a, _), (b, _)| a.of.pod.cmp(&b.of.pod));
+        let mut sorted: Vec<&Counted<'_>> = answers.counted.iter().collect();
+        sorted.sort_by(|a, b| match a.same(b) {
+            true => std::cmp::Ordering::Equal,
+            false => a.of.pod.cmp(&b.of.pod),
+        });
 
         let [mut pod_up, mut target_up, mut is_cold] = [(); 3].map(|()| vec![false; len]);
-        for pod in sorted.chunk_by_mut(|(a, _), (b, _)| a.of.pod == b.of.pod) {
-            pod.sort_by(|(a, _), (b, _)| match std::ptr::eq(a.of, b.of) {
+        for pod in sorted.chunk_by_mut(|a, b| a.same(b) || a.of.pod == b.of.pod) {
+            pod.sort_by(|a, b| match a.same(b) {
                 true => std::cmp::Ordering::Equal,
                 false => (&a.of.instance, &a.of.labels).cmp(&(&b.of.instance, &b.of.labels)),
             });
             let pod = &*pod;
-            if pod[0].0.of.pod.is_empty() {
+            if pod[0].of.pod.is_empty() {
                 read.fault_at(pod, grid, || {
                     "series without the label pod: keep it in the result, as in sum by (pod, instance) (...)"
                         .to_owned()
                 });
                 continue;
             }
-            let Some(arm) = arm_of(&pod[0].0.of.pod) else { continue };
+            let Some(arm) = arm_of(&pod[0].of.pod) else { continue };
             mark(&mut pod_up, pod, grid);
             cold.mark(&mut is_cold, pod, &pod_up, grid);
-            for target in
-                pod.chunk_by(|(a, _), (b, _)| std::ptr::eq(a.of, b.of) || a.of.instance == b.of.instance)
-            {
+            for target in pod.chunk_by(|a, b| a.same(b) || a.of.instance == b.of.instance) {
                 read.refuse_twins(target, grid);
-                let up = if target[0].0.of.instance.is_empty() || target.len() == pod.len() {
+                let up = if target[0].of.instance.is_empty() || target.len() == pod.len() {
                     &pod_up
                 } else {
                     mark(&mut target_up, target, grid);
                     &target_up
                 };
-                for &(series, counter) in target {
-                    read.count(series, counter, arm, (up, &is_cold), grid);
+                for series in target {
+                    read.count(series, arm, (up, &is_cold), grid);
                 }
             }
         }
-        cold.began.retain(|_, began| grid.last() - *began <= cold.warm_up);
+        cold.began.retain(|_, began| grid.last() - *began < cold.warm_up);
         for pod in answers.times.chunk_by(|a, b| a.pod == b.pod) {
             let Some(arm) = arm_of(&pod[0].pod) else { continue };
             for &(time, sampled) in pod.iter().flat_map(|series| &series.points) {
@@ -174,26 +187,19 @@ impl Read {
 
     /// Adds the increase of one counter to its arm. `up` says at which ticks its target was scraped, and `cold` at which its pod
     /// is not counted.
-    fn count(
-        &mut self,
-        series: &Counted<'_>,
-        counter: Counter,
-        arm: usize,
-        (up, cold): (&[bool], &[bool]),
-        grid: Grid,
-    ) {
-        increases(&series.points, up, grid, |index, increase| {
+    fn count(&mut self, series: &Counted<'_>, arm: usize, (up, cold): (&[bool], &[bool]), grid: Grid) {
+        increases(series.points(), up, grid, |index, increase| {
             if cold[index] {
                 return;
             }
             let tally = &mut self.counts[index][arm];
-            match counter {
+            match series.counter {
                 Counter::Event(kind) => tally.events[kind] += increase,
                 Counter::Total => tally.total += increase,
             }
         });
-        if counter == Counter::Total {
-            for &(time, value) in series.points.iter() {
+        if series.counter == Counter::Total {
+            for &(time, value) in &series.of.points {
                 if let Some(index) = grid.index(time).filter(|_| is_count(value)) {
                     self.present[arm][index] = true;
                 }
@@ -202,15 +208,15 @@ impl Read {
     }
 
     /// Two scrape jobs that read the same port count every request twice, which would double the evidence for nothing.
-    fn refuse_twins(&mut self, target: &[(&Counted<'_>, Counter)], grid: Grid) {
-        let first = target[0].0.of;
-        if first.instance.is_empty() || target.iter().all(|(series, _)| series.of.job == first.job) {
+    fn refuse_twins(&mut self, target: &[&Counted<'_>], grid: Grid) {
+        let first = target[0].of;
+        if first.instance.is_empty() || target.iter().all(|series| series.of.job == first.job) {
             return;
         }
         for counter in [Counter::Event(0), Counter::Event(1), Counter::Total] {
             let mut jobs: Vec<Option<&str>> = vec![None; grid.len()];
-            for (series, _) in target.iter().filter(|(_, kind)| *kind == counter) {
-                for index in series.points.iter().filter_map(|(time, _)| grid.index(*time)) {
+            for series in target.iter().filter(|series| series.counter == counter) {
+                for index in series.of.points.iter().filter_map(|(time, _)| grid.index(*time)) {
                     let job = *jobs[index].get_or_insert(&series.of.job);
                     if job != series.of.job {
                         let message = || {
@@ -226,9 +232,9 @@ impl Read {
         }
     }
 
-    fn fault_at(&mut self, series: &[(&Counted<'_>, Counter)], grid: Grid, message: impl Fn() -> String) {
-        for (series, _) in series {
-            for index in series.points.iter().filter_map(|(time, _)| grid.index(*time)) {
+    fn fault_at(&mut self, series: &[&Counted<'_>], grid: Grid, message: impl Fn() -> String) {
+        for series in series {
+            for index in series.of.points.iter().filter_map(|(time, _)| grid.index(*time)) {
                 self.fault(index, grid, &message);
             }
         }
@@ -247,9 +253,14 @@ impl Read {
 }
 
 /// Tells each increase of a counter, with the index of the tick in which it was. `up` says at which ticks its target was scraped.
-pub(super) fn increases(points: &[(Tick, f64)], up: &[bool], grid: Grid, mut tell: impl FnMut(usize, f64)) {
+pub(super) fn increases(
+    points: impl Iterator<Item = (Tick, f64)>,
+    up: &[bool],
+    grid: Grid,
+    mut tell: impl FnMut(usize, f64),
+) {
     let mut previous: Option<(usize, f64)> = None;
-    for &(time, value) in points {
+    for (time, value) in points {
         let Some(index) = grid.index(time) else { continue };
         let before = match previous {
             Some((at, before)) if at + 1 == index => Some(before),
@@ -269,44 +280,36 @@ pub(super) fn increases(points: &[(Tick, f64)], up: &[bool], grid: Grid, mut tel
     }
 }
 
-/// The buckets of histograms as counters of what lies above each of `bounds`, and of all there is.
+/// The buckets of histograms as counters of what lies above each of `bounds`, and of all there is; by pod.
 ///
 /// A histogram without the bucket of a bound counts up to the largest bound below it, which for a native histogram is the same.
-pub(super) fn above<'a>(
-    buckets: &'a [Series],
-    bounds: &[f64],
-) -> ([Vec<Counted<'a>>; KINDS], Vec<Counted<'a>>) {
+pub(super) fn above<'a>(buckets: &'a [Series], bounds: &[f64]) -> Vec<Counted<'a>> {
     let mut sorted: Vec<(&Series, &super::samples::Bucket)> =
         buckets.iter().filter_map(|series| Some((series, series.bucket.as_ref()?))).collect();
     sorted.sort_by(|(a, _), (b, _)| a.pod.cmp(&b.pod));
-    let (mut events, mut totals) = ([vec![], vec![]], vec![]);
+    let mut counted = Vec::with_capacity(sorted.len());
     for pod in sorted.chunk_by_mut(|(a, _), (b, _)| a.pod == b.pod) {
         pod.sort_by(|(_, x), (_, y)| x.histogram.cmp(&y.histogram).then(x.le.total_cmp(&y.le)));
         for histogram in pod.chunk_by(|(_, x), (_, y)| x.histogram == y.histogram) {
             let Some((all, _)) = histogram.last().filter(|(_, bucket)| bucket.le == f64::INFINITY) else {
                 continue;
             };
-            for (events, bound) in events.iter_mut().zip(bounds) {
+            for (kind, bound) in bounds.iter().take(KINDS).enumerate() {
                 let below = histogram.iter().rev().find(|(_, bucket)| bucket.le <= *bound);
-                let mut low = below.map_or(&[][..], |(series, _)| &series.points).iter().peekable();
-                let points = all.points.iter().map(|&(time, count)| {
-                    while low.next_if(|(at, _)| *at < time).is_some() {}
-                    let under = low.peek().filter(|(at, _)| *at == time).map_or(0.0, |(_, under)| *under);
-                    (time, (count - under).max(0.0))
-                });
-                events.push(Counted { of: all, points: points.collect() });
+                let under = Some(below.map_or(&[][..], |(series, _)| &series.points));
+                counted.push(Counted { of: all, counter: Counter::Event(kind), under });
             }
-            totals.push(Counted { of: all, points: Cow::Borrowed(&all.points) });
+            counted.push(Counted { of: all, counter: Counter::Total, under: None });
         }
     }
-    (events, totals)
+    counted
 }
 
 /// Marks the ticks at which any of the series has a sample.
-fn mark(up: &mut [bool], series: &[(&Counted<'_>, Counter)], grid: Grid) {
+fn mark(up: &mut [bool], series: &[&Counted<'_>], grid: Grid) {
     up.fill(false);
-    for (series, _) in series {
-        for &(time, value) in series.points.iter() {
+    for same in series.chunk_by(|a, b| a.same(b)) {
+        for &(time, value) in &same[0].of.points {
             if let Some(index) = grid.index(time) {
                 up[index] |= is_count(value);
             }

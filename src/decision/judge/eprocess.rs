@@ -13,9 +13,9 @@ use crate::api::{Carry, Counts, ShareEvidence};
 /// Alternatives of the mixture, as multiples of the tolerated ratio; equal prior weights.
 const ALTERNATIVES: [f64; 7] = [1.25, 1.6, 2.0, 3.0, 5.0, 10.0, 30.0];
 
-/// Prior probability that harm begins with the first tick. The rest is spread over the later ones: tick n has the share
+/// Prior probability that harm begins with the first tick, as what a change does mostly does. The rest is spread over the later ones: tick n has the share
 /// 1/((n-1)n) of it, so that 1/n is left after tick n, and all of it together is no more than 1.
-const FROM_THE_START: f64 = 0.5;
+const FROM_THE_START: f64 = 0.8;
 
 /// What the mixture costs against the one alternative that is true from the first tick on, in nats.
 pub(super) fn mixture_cost() -> f64 {
@@ -25,8 +25,9 @@ pub(super) fn mixture_cost() -> f64 {
 /// Share of the recent counts that is left after one more tick: about the last twenty ticks weigh.
 const MEMORY: f64 = 0.95;
 
-/// Standard deviations of the difference between arms of unlike pods that are tolerated.
-const Z: f64 = 3.0;
+/// Standard deviations of the difference between arms of unlike pods that are tolerated: with 3, among very unlike pods under much
+/// traffic, 0.55 % of healthy rollouts were rolled back in the bench, with this 0.45 %.
+pub const Z: f64 = 3.1;
 
 /// Log evidence at which a KPI alarms: ln(1/alpha), where alpha is this KPI's share in this stage and attempt.
 ///
@@ -76,8 +77,12 @@ fn steady(before: &Carry, canary: Counts, baseline: Counts) -> (f64, f64) {
     let beyond = |a: f64, b: f64| 2.0 * (1.0 / (a + 0.5) + 1.0 / (b + 0.5)).sqrt();
     let mut events = canary.events;
     if before.canary.total > 0.0 {
-        let expected = rate(before.canary) * canary.total;
-        events = events.min(expected * beyond(before.canary.events, expected).exp());
+        let allowed = |after: f64| {
+            let expected = rate(Counts { events: after, ..before.canary }) * canary.total;
+            expected * beyond(after, expected).exp()
+        };
+        // A first few events leave less to chance than none, and would allow less: more of them never lessen the evidence.
+        events = events.min(allowed(before.canary.events).max(allowed(0.0)));
     }
     let mut edge = 0.0;
     if before.baseline.total > 0.0 && baseline.total > 0.0 {

@@ -16,8 +16,8 @@ use super::{
 
 /// Fresh ticks at the first look at the level; each later look waits twice as long.
 const FIRST_LOOK: i64 = 4;
-/// Fresh ticks at the first look at the slope.
-const FIRST_SLOPE: i64 = 16;
+/// Fresh ticks at the first look at the slope, but for the end of a shorter bake: before, no slope that matters is told from noise.
+const FIRST_SLOPE: i64 = 32;
 /// Growth per hour beyond the baseline's that is still called equal, on the log scale.
 const SLOPE_TOLERANCE: f64 = 0.10;
 /// Degrees of freedom without which no test is made.
@@ -202,7 +202,7 @@ fn look(gauge: &Compared<'_>, sums: &GaugeSums, tick: Tick, ticks: i64, seen: &m
         }
     }
     let skipped = (FIRST_SLOPE / FIRST_LOOK).ilog2() as i32;
-    if ticks >= FIRST_SLOPE
+    if (ticks >= FIRST_SLOPE || ticks == gauge.trial.bake)
         && let Some((t, df)) = slope(gauge, sums, ticks).filter(|(t, _)| *t > 0.0)
     {
         seen.peak = seen.peak.max(student_surprise(t, df) + look_share((seen.looks - skipped).max(1)));

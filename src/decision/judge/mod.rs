@@ -15,9 +15,11 @@ mod threshold;
 
 use serde::{Deserialize, Serialize};
 
+use counters::Counter;
+
 use crate::api::{self, Cause, Change, Direction, Duration, Evidence, Expect, KpiStatus, Preflight, Verdict};
 
-pub use eprocess::{alarm_at, effective_tolerance};
+pub use eprocess::{Z, alarm_at, effective_tolerance};
 pub use power::pooled;
 pub use preflight::{CAUTIOUS, ENOUGH_PODS, LEAST, Lesson, beginning};
 pub use query::{excerpt, quote};
@@ -406,15 +408,15 @@ impl Trial {
         let grid = Grid { from, step, ticks: ((until - from) / step).clamp(0, MAX_TICKS) };
         match (&self.kpi.test, self.arms.baseline.as_ref(), read.as_slice()) {
             (Test::ErrorRatio { .. }, Some(baseline), &[errors, total, times]) => {
-                let (events, total) = (counters::plain(errors), counters::plain(total));
-                let counters = counters::Counters { events: [&events, &[]], total: &total, times };
+                let events = counters::plain(Counter::Event(0), errors);
+                let counted: Vec<_> = events.chain(counters::plain(Counter::Total, total)).collect();
+                let counters = counters::Counters { counted: &counted, times };
                 share::fold(self, baseline, evidence, &counters, errors.is_empty(), grid)
             }
             (Test::Latency { .. }, Some(baseline), &[buckets, times]) => {
                 let bounds = self.preflight.iter().flat_map(|preflight| &preflight.bounds);
                 let bounds: Vec<f64> = bounds.filter_map(|text| text.parse().ok()).collect();
-                let (events, total) = counters::above(buckets, &bounds);
-                let counters = counters::Counters { events: [&events[0], &events[1]], total: &total, times };
+                let counters = counters::Counters { counted: &counters::above(buckets, &bounds), times };
                 share::fold(self, baseline, evidence, &counters, false, grid)
             }
             (Test::Gauge { .. }, Some(baseline), &[values]) => match self.gauge(baseline) {

@@ -7,7 +7,7 @@ use crate::api::{Counts, Evidence, Preflight, Track};
 
 use super::{
     Answer, AnswerHealth, Grid, Kpi, Series, Test, Tick,
-    counters::{self, Counted, increases, is_count},
+    counters::{self, Counted, Counter, increases, is_count},
     query,
 };
 
@@ -103,7 +103,9 @@ impl Lesson {
         };
         let learned = match (&self.kpi.test, read.as_slice()) {
             (Test::ErrorRatio { .. }, [errors, total]) => {
-                let blocks = Blocks::of(&[&counters::plain(errors)], &counters::plain(total), grid);
+                let events = counters::plain(Counter::Event(0), errors);
+                let counted: Vec<_> = events.chain(counters::plain(Counter::Total, total)).collect();
+                let blocks = Blocks::of(&counted, 1, grid);
                 let (pods, spread) = blocks.spread(0);
                 Preflight { pods, spread: vec![spread], rate: blocks.rate(self.block), ..nothing }
             }
@@ -113,9 +115,7 @@ impl Lesson {
                     return Ok(None);
                 };
                 let values: Vec<f64> = bounds.iter().filter_map(|text| text.parse().ok()).collect();
-                let (events, total) = counters::above(buckets, &values);
-                let events: Vec<_> = events.iter().take(bounds.len()).map(Vec::as_slice).collect();
-                let blocks = Blocks::of(&events, &total, grid);
+                let blocks = Blocks::of(&counters::above(buckets, &values), bounds.len(), grid);
                 let learned: Vec<_> = (0..bounds.len()).map(|kind| blocks.spread(kind)).collect();
                 let pods = learned.iter().map(|(pods, _)| *pods).min().unwrap_or_default();
                 let spread = learned.into_iter().map(|(_, spread)| spread).collect();
@@ -147,43 +147,45 @@ struct Blocks {
 }
 
 impl Blocks {
-    fn of(events: &[&[Counted<'_>]], total: &[Counted<'_>], grid: Grid) -> Self {
-        let mut names: Vec<&str> = total.iter().map(|series| series.of.pod.as_str()).collect();
+    fn of(counted: &[Counted<'_>], kinds: usize, grid: Grid) -> Self {
+        let of_all = |counter| counted.iter().filter(move |series| series.counter == counter);
+        let mut names: Vec<&str> = of_all(Counter::Total).map(|series| series.of.pod.as_str()).collect();
         names.sort_unstable();
         names.dedup();
-        let mut blocks = Self { events: vec![vec![]; events.len()], total: vec![] };
+        let mut blocks = Self { events: vec![vec![]; kinds], total: vec![] };
         for pod in names.into_iter().filter(|pod| !pod.is_empty()) {
-            let of = |series: &&Counted<'_>| series.of.pod == pod;
+            let of = |counter| of_all(counter).filter(|series| series.of.pod == pod);
             let mut up = vec![false; grid.len()];
-            for (time, value) in total.iter().filter(of).flat_map(|series| series.points.iter()) {
-                if let Some(index) = grid.index(*time) {
-                    up[index] |= is_count(*value);
+            for (time, value) in of(Counter::Total).flat_map(Counted::points) {
+                if let Some(index) = grid.index(time) {
+                    up[index] |= is_count(value);
                 }
             }
-            let mut counted = vec![None; grid.len()];
-            for series in total.iter().filter(of) {
-                increases(&series.points, &up, grid, |index, increase| {
-                    *counted[index].get_or_insert(0.0) += increase;
+            let mut requests = vec![None; grid.len()];
+            for series in of(Counter::Total) {
+                increases(series.points(), &up, grid, |index, increase| {
+                    *requests[index].get_or_insert(0.0) += increase;
                 });
             }
-            if counted.iter().flatten().count() < ENOUGH_BLOCKS {
+            if requests.iter().flatten().count() < ENOUGH_BLOCKS {
                 continue;
             }
-            for (kind, events) in events.iter().enumerate() {
+            for (kind, rows) in blocks.events.iter_mut().enumerate() {
                 let mut row = vec![0.0; grid.len()];
-                for series in events.iter().filter(of) {
-                    increases(&series.points, &up, grid, |index, increase| row[index] += increase);
+                for series in of(Counter::Event(kind)) {
+                    increases(series.points(), &up, grid, |index, increase| row[index] += increase);
                 }
-                blocks.events[kind].push(row);
+                rows.push(row);
             }
-            blocks.total.push(counted);
+            blocks.total.push(requests);
         }
         blocks
     }
 
     /// How many pods were told apart, and the standard deviation of their log rates: the variance of the counts beyond that of
     /// counting, divided by that of the expected counts. With e = n·p of each pod and block, p the rate of all pods in that
-    /// block and c = (K-1)/K: tau² = (sum (x-e)² - c·sum e) / (c·sum e²).
+    /// block and c = (K-1)/K: tau² = (sum (x-e)² - c·sum e - s) / (c·sum e²), where s² = sum (2e² + e) is the variance of that sum
+    /// under counting alone: what a few counts show by chance is not taken for a difference.
     fn spread(&self, kind: usize) -> (i32, f64) {
         let pods = self.total.len();
         let requests: f64 = self.total.iter().flatten().flatten().sum();
@@ -191,7 +193,7 @@ impl Blocks {
             return (0, CAUTIOUS);
         }
         let c = (pods as f64 - 1.0) / pods as f64;
-        let (mut squares, mut expected, mut expected_squares) = (0.0, 0.0, 0.0);
+        let (mut squares, mut chance, mut expected, mut expected_squares) = (0.0, 0.0, 0.0, 0.0);
         for block in 0..self.total.first().map_or(0, Vec::len) {
             let there = || {
                 let rows = self.total.iter().zip(&self.events[kind]);
@@ -204,12 +206,13 @@ impl Blocks {
             for (total, events) in there() {
                 let e = total * x / n;
                 squares += (events - e).powi(2);
+                chance += 2.0 * e * e + e;
                 expected += e;
                 expected_squares += e * e;
             }
         }
         let variance = match expected_squares > 0.0 {
-            true => ((squares - c * expected) / (c * expected_squares)).max(0.0),
+            true => ((squares - c * expected - chance.sqrt()) / (c * expected_squares)).max(0.0),
             false => 0.0,
         };
         (i32::try_from(pods).unwrap_or(i32::MAX), super::rounded(variance.sqrt().clamp(LEAST, CAUTIOUS)))
@@ -234,7 +237,7 @@ fn bounds(buckets: &[Series], grid: Grid) -> Option<(Vec<String>, bool)> {
         // Over the whole span, of pods of any age: the choice of a bound needs no spread.
         let mut sum = 0.0;
         let up = vec![false; grid.len()];
-        increases(&series.points, &up, grid, |_, increase| sum += increase);
+        increases(series.points.iter().copied(), &up, grid, |_, increase| sum += increase);
         match counted.iter_mut().find(|(le, ..)| *le == bucket.le) {
             Some((.., count)) => *count += sum,
             None => counted.push((bucket.le, &bucket.text, sum)),

@@ -118,7 +118,7 @@ pub fn harmless() -> Result<Scene> {
     for optimization in optimizations {
         optimization.as_object_mut().context("an optimization is no object")?.remove("config");
     }
-    // In staging the tuning would be slower as well, since both mock experts are one host there; without it nothing is.
+    // In staging the tuning would be slower as well, since all mock experts are one host there; without it nothing is.
     let latency = json!({"name": "query-latency", "latency": {
         "histogram": "synthex_runtime_query_duration_seconds_bucket{$arm}", "minimumEffect": 0.05}});
     rollout["spec"]["kpis"].as_array_mut().context("the sample lists no KPIs")?.push(latency);
