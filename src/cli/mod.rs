@@ -41,6 +41,7 @@
 //! | `bake` | ticks of the bake; gauges look at its end, and `detectable` counts on it | those of the KPI |
 //! | `arms` | `namespace`; `canary` and `baseline`, each with `deployment` and `pods`. A pod belongs to the arm whose deployment its name begins with, followed by `-` letters or digits `-` letters or digits | no baseline |
 //! | `kpis[].definition`, `.owner` | the KPI as in the custom resource, and the optimization that it stands under | shared |
+//! | `kpis[].warmUp` | seconds for which a pod that begins in mid-stage is left out of a latency | 0 |
 //! | `kpis[].alarmAt` | log evidence at which it alarms | ln(1/alpha), computed from the KPIs, `stages`, `falseRollbackProbability`, `attempt` |
 //! | `kpis[].preflight` | what was learned, as in `.status.preflight`; a latency needs its `bounds` | the cautious end of the range |
 //! | `kpis[].from`, `.until` | first tick, the base of the first difference, and last | |
