@@ -85,16 +85,16 @@ pub fn inquiry(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Opt
     for kpi in judged(rollout, stage, &on) {
         let known = status.kpis.iter().find(|known| known.name == kpi.name);
         let preflight = learned(status, kpi, track);
-        if kpi.is_tested() && preflight.is_none() {
-            waiting.push(known.cloned().unwrap_or_else(|| unlearned(kpi, None)));
-            continue;
-        }
         let from = begins(rollout, stage, kpi, preflight)?;
         if until <= from {
             waiting.push(Trial::waiting(
                 kpi,
                 &judge::AnswerHealth::Blind(Cause::NeedsEvidence, "the KPI warms up".to_owned()),
             ));
+            continue;
+        }
+        if kpi.is_tested() && preflight.is_none() {
+            waiting.push(known.cloned().unwrap_or_else(|| unlearned(kpi, None)));
             continue;
         }
         let trial = Trial {

@@ -339,14 +339,18 @@ fn bundled_kpis(name: &str) -> Vec<crate::api::Kpi> {
                 -0.30,
             ),
         ],
+        // A monitor learns in its first minute what is noise.
         "monitoring" => vec![
             // Since the start of the pod: points are so rare that a rate over minutes would be none most of the time.
-            gauge(
-                "data-points",
-                "sum by (pod) (synthex_runtime_monitor_points_total{$arm}) / sum by (pod) (time() - process_start_time_seconds{$arm})",
-                -0.96,
-            ),
-            // Millionths of a processor: a benefit to be shown, no harm to act upon. A monitor learns in its first minute what is noise.
+            Kpi {
+                warm_up: Some(Duration::from_secs(60)),
+                ..gauge(
+                    "data-points",
+                    "sum by (pod) (synthex_runtime_monitor_points_total{$arm}) / sum by (pod) (time() - process_start_time_seconds{$arm})",
+                    -0.96,
+                )
+            },
+            // Millionths of a processor: a benefit to be shown, no harm to act upon.
             Kpi {
                 observe_only: true,
                 warm_up: Some(Duration::from_secs(60)),
