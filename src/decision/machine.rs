@@ -135,15 +135,17 @@ pub fn lessons(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Vec
     let on = names(status, OptimizationState::Active);
     // Where there are pods enough to learn from, and only their past was too short, it is tried again while it grows.
     let place = planned(rollout, stage).map(|planned| &planned.place);
-    let pods = match place {
+    let (pods, oldest) = match place {
         Some(Place::Weight(weight)) => {
             let replicas = Replicas::at(rollout.replicas, *weight, rollout.comparison);
-            replicas.stable + replicas.baseline
+            (replicas.stable + replicas.baseline, replicas.stable)
         }
-        _ => arms.baseline.as_ref().map_or(0, |arm| arm.pods),
+        _ => arms.baseline.as_ref().map_or((0, 0), |arm| (arm.pods, arm.pods)),
     };
     let exposed = stage.exposed_at.as_ref().map_or(until, |time| time.0.as_second());
     let grows = pods >= judge::ENOUGH_PODS && until <= exposed + span + step;
+    // All that are to be expected but one, which may have been replaced; at the end what there is.
+    let enough = if grows && until <= exposed + span { oldest - 1 } else { 0 };
     let lesson = |kpi: &Kpi| {
         let begun = learned(status, kpi, track);
         let from = evidence_from(rollout, stage, Some(kpi))?;
@@ -153,6 +155,7 @@ pub fn lessons(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Vec
         };
         due.then(|| Lesson {
             begun: begun.cloned(),
+            enough,
             ..Lesson::over(kpi, track, &rollout.namespace, off.clone(), until, span, step)
         })
     };

@@ -47,6 +47,8 @@ pub struct Lesson {
     pub step: i64,
     /// What was taken when the evidence began, where the pods' past was too short to learn from: its bounds stay.
     pub begun: Option<Preflight>,
+    /// Pods without which their differences are not learned, while the past of more of them grows: they are learned once.
+    pub enough: i32,
 }
 
 impl Lesson {
@@ -62,7 +64,7 @@ impl Lesson {
     ) -> Self {
         let block = (span / BLOCKS).max(step).max(1);
         let (kpi, namespace) = (kpi.clone(), namespace.to_owned());
-        Self { kpi, track, namespace, deployments, until, block, step, begun: None }
+        Self { kpi, track, namespace, deployments, until, block, step, begun: None, enough: 0 }
     }
 
     /// First tick of the span.
@@ -127,10 +129,16 @@ impl Lesson {
             }
             _ => nothing,
         };
+        let short = learned.pods < self.enough;
         Ok(match &self.begun {
+            None if short => {
+                let spread =
+                    if matches!(self.kpi.test, Test::Gauge { .. }) { 0 } else { learned.spread.len() };
+                Some(Preflight { pods: 0, spread: vec![CAUTIOUS; spread], ..learned })
+            }
             None => Some(learned),
             // Nothing more was learned than before.
-            Some(_) if learned.pods == 0 => None,
+            Some(_) if short || learned.pods == 0 => None,
             // Evidence goes on from where it began; what is now known holds from here on.
             Some(begun) => {
                 Some(Preflight { until: begun.until, cautious_until: Some(self.until), ..learned })
