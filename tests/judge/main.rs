@@ -234,7 +234,7 @@ fn the_edge_of_a_burst_is_no_harm() {
     };
     assert!(peak([0, 50, 50, 1000, 1000, 1000]) < 4.0);
     // Harm that lasts shows in the tick after.
-    assert!(peak([0, 50, 50, 2000, 3000, 3000]) > 50.0);
+    assert!(peak([0, 50, 50, 2000, 4000, 4000]) > 50.0);
 }
 
 #[test]
@@ -249,11 +249,11 @@ fn alpha_is_spent_over_kpis_stages_and_attempts() {
 #[test]
 fn few_pods_widen_the_tolerance() {
     for (r0, tau, kc, kb, expected) in [
-        (1.25, 0.1, 1, 1, (3.1 * 0.1 * 2f64.sqrt()).exp()),
-        (1.25, 0.5, 10, 1, 5.0817),
+        (1.25, 0.1, 1, 1, (3.3 * 0.1 * 2f64.sqrt()).exp()),
+        (1.25, 0.5, 10, 1, 5.6437),
         (1.25, 0.5, 1000, 1000, 1.25),
-        (10.0, 0.5, 1, 1, 10.0),
-        (1.25, 0.5, 0, -1, (1.55 * 2f64.sqrt()).exp()),
+        (10.0, 0.4, 1, 1, 10.0),
+        (1.25, 0.5, 0, -1, (1.65 * 2f64.sqrt()).exp()),
     ] {
         let seen = effective_tolerance(r0, tau, kc, kb);
         assert!((seen - expected).abs() < 1e-3, "{r0} {tau} {kc} {kb}: {seen}");
