@@ -60,7 +60,7 @@ def data_set(seed, harm):
     pods = CANARY + BASELINE
     of = lambda counts: counters(pods, [counts[pod] for pod in pods])
     column = lambda arm, counts: [sum(counts[pod][tick] for pod in arm) for tick in range(TICKS)]
-    r0 = max(tolerance, math.exp(3.3 * spread * math.sqrt(1 / 2 + 1 / 2)))
+    r0 = max(tolerance, math.exp(3.5 * spread * math.sqrt(1 / 2 + 1 / 2)))
     told = evidence(
         column(CANARY, errors), column(CANARY, total), column(BASELINE, errors), column(BASELINE, total), r0
     )

@@ -17,7 +17,7 @@ GRID = [Decimal(g) for g in ("1.25", "1.6", "2", "3", "5", "10", "30")]
 
 
 def tolerated(r0, tau, kc, kb):
-    spread = Decimal("3.3") * Decimal(tau) * (Decimal(1) / kc + Decimal(1) / kb).sqrt()
+    spread = Decimal("3.5") * Decimal(tau) * (Decimal(1) / kc + Decimal(1) / kb).sqrt()
     return max(Decimal(r0), spread.exp())
 
 

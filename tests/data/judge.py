@@ -219,7 +219,7 @@ def tau(errors, total):
     # What counting alone varies by, in its own standard deviation, is taken off.
     chance = math.sqrt(np.nansum(2 * e**2 + e))
     excess = (np.nansum((x - e) ** 2) - c * np.nansum(e) - chance) / (c * e2) if e2 > 0 else 0.0
-    return len(n), float(np.clip(math.sqrt(max(excess, 0)), 0.09, 0.5))
+    return len(n), float(np.clip(math.sqrt(max(excess, 0)), 0.085, 0.5))
 
 
 def counters(rng, pods, sd, mean=20.0, share=0.02):
@@ -367,7 +367,7 @@ def power(ratio, case, runs):
     kc, kb = case["pods"]
     ticks = case["bake"]
     nc, nb = (round(case["requests"] * k * STEP) for k in (kc, kb))
-    r0 = max(case["tolerance"], math.exp(3.3 * case["spread"] * math.sqrt(1 / kc + 1 / kb)))
+    r0 = max(case["tolerance"], math.exp(3.5 * case["spread"] * math.sqrt(1 / kc + 1 / kb)))
     x = rng.binomial(nc, min(case["share"] * ratio, 1), (runs, ticks)).astype(float)
     y = rng.binomial(nb, case["share"], (runs, ticks)).astype(float)
     t0 = r0 * nc / (r0 * nc + nb)

@@ -249,11 +249,11 @@ fn alpha_is_spent_over_kpis_stages_and_attempts() {
 #[test]
 fn few_pods_widen_the_tolerance() {
     for (r0, tau, kc, kb, expected) in [
-        (1.25, 0.1, 1, 1, (3.3 * 0.1 * 2f64.sqrt()).exp()),
-        (1.25, 0.5, 10, 1, 5.6437),
+        (1.25, 0.1, 1, 1, (3.5 * 0.1 * 2f64.sqrt()).exp()),
+        (1.25, 0.5, 10, 1, 6.2677),
         (1.25, 0.5, 1000, 1000, 1.25),
         (10.0, 0.4, 1, 1, 10.0),
-        (1.25, 0.5, 0, -1, (1.65 * 2f64.sqrt()).exp()),
+        (1.25, 0.5, 0, -1, (1.75 * 2f64.sqrt()).exp()),
     ] {
         let seen = effective_tolerance(r0, tau, kc, kb);
         assert!((seen - expected).abs() < 1e-3, "{r0} {tau} {kc} {kb}: {seen}");

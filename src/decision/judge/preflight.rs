@@ -15,7 +15,7 @@ use super::{
 /// end of the range. It costs delay, where too small a value would cost false rollbacks.
 pub const CAUTIOUS: f64 = 0.5;
 /// The other end of the range: what is learned from a few minutes is never taken to be less.
-pub const LEAST: f64 = 0.09;
+pub const LEAST: f64 = 0.085;
 /// The least spread of a gauge on the log scale, and as a share of its mean on the plain one.
 const LEAST_GAUGE: f64 = 0.05;
 
