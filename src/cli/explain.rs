@@ -126,7 +126,8 @@ const EVIDENCE: &str =
   that `from` names.
   After tick t the evidence is ln(mean of the weights + 1/5 / t), less ln 2 where a latency has two bounds. It alarms where it
   reaches ln(1/alpha) while the shares differ by minimumEffect or more. The evidence of a gauge is the highest ln(1/p) + ln of the
-  look's share so far, p that of Student's t on the pods' means or slopes. To see each tick:
+  look's share so far, p that of Student's t on the pods' means or slopes. The share of look q is 3/4 of 9/10 for the means and q = 1,
+  3/4 of 1/10 / ((q-1) q) for the means later, 1/4 of 6 / (pi^2 q^2) for the slopes and their own q. To see each tick:
 ";
 
 /// Explains a rollout. `rollout` is absent where the specification cannot be followed.

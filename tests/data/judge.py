@@ -30,9 +30,14 @@ def surprise(t, df):
     return min(-stats.t.logsf(t, df), 700.0)
 
 
-def look_share(q):
-    """Half of alpha for the level or the slope, times 6/(pi^2 q^2)."""
-    return math.log(0.5 * 6 / (math.pi**2 * q**2))
+def level_share(q):
+    """Three quarters of alpha: nine tenths of it for the first look, 1/((q-1)q) of the rest for a later one."""
+    return math.log(0.75 * (0.9 if q == 1 else 0.1 / ((q - 1) * q)))
+
+
+def slope_share(q):
+    """The last quarter, times 6/(pi^2 q^2)."""
+    return math.log(0.25 * 6 / (math.pi**2 * q**2))
 
 
 def fresh(case):
@@ -92,10 +97,10 @@ def gauge(case):
                 c, b, _, variance, df, beyond = found
                 t = beyond / math.sqrt(variance * (1 / len(c) + 1 / len(b)))
                 if t > 0:
-                    peak = max(peak, surprise(t, df) + look_share(looks))
+                    peak = max(peak, surprise(t, df) + level_share(looks))
             grown = slope(case, *arms) if n >= 32 or n == bake else None
             if grown and grown[0] > 0:
-                peak = max(peak, surprise(*grown) + look_share(max(looks - 3, 1)))
+                peak = max(peak, surprise(*grown) + slope_share(max(looks - 3, 1)))
         if peak > before:
             rises.append([tick, float(f"{peak:.13g}")])
     return rises, gauge_change(case), gauge_detectable(case)
@@ -118,13 +123,12 @@ def gauge_change(case):
 
 
 def gauge_detectable(case):
-    """The ratio that the last look finds with a probability of 80 %: the noncentral t."""
+    """The ratio that the first look finds with a probability of 80 %: the noncentral t."""
     found = level(case, *seen(case, fresh(case)))
     if not found or found[4] < 4 or found[2]:
         return None
     c, b, _, variance, df, _ = found
-    looks = 1 + math.floor(math.log2(max(case["bake"] / 4, 1))) + 1
-    at = stats.t.isf(math.exp(-(case["alarmAt"] - look_share(looks))), df)
+    at = stats.t.isf(math.exp(-(case["alarmAt"] - level_share(1))), df)
     error = math.sqrt(variance * (1 / len(c) + 1 / len(b)))
     shift = optimize.brentq(lambda shift: stats.nct.sf(at, df, shift) - 0.8, at - 3, at + 40)
     return math.exp(math.log(1 + case["tolerance"]) + shift * error)

@@ -33,12 +33,16 @@ pub const Z: f64 = 3.5;
 /// Log evidence at which a KPI alarms: ln(1/alpha), where alpha is this KPI's share in this stage and attempt.
 ///
 /// `probability`, that a healthy rollout is ever rolled back, is spent evenly over stages and over KPIs by their weight (`share`, all
-/// together 1). The first attempt of a pass has nine tenths of it, since most passes need no other; attempt a after it has the share
-/// 1/((a-1)a) of the rest, so that all attempts there may ever be spend no more than one stage's share.
+/// together 1). The first attempt of a pass has nine tenths of it, since most passes need no other; all that there may ever be after
+/// it have the rest.
 pub fn alarm_at(probability: f64, share: f64, stages: usize, attempt: i32) -> f64 {
-    let attempt = f64::from(attempt);
-    let of_attempts = if attempt <= 1.0 { 0.9 } else { 0.1 / ((attempt - 1.0) * attempt) };
-    (stages.max(1) as f64 / (probability * share * of_attempts)).ln()
+    (stages.max(1) as f64 / (probability * share * mostly_first(attempt))).ln()
+}
+
+/// Nine tenths for the first of a row without end, 1/((n-1)n) of the rest for number n after it: together 1.
+pub(super) fn mostly_first(n: i32) -> f64 {
+    let n = f64::from(n);
+    if n <= 1.0 { 0.9 } else { 0.1 / ((n - 1.0) * n) }
 }
 
 /// The ratio of rates that is called equal: the user's tolerance `r0`, or what `kc` canary and `kb` baseline pods differ by

@@ -10,6 +10,7 @@ use crate::api::{Cause, Direction, Evidence, GaugeEvidence, GaugeSums, PodSums, 
 use super::{
     AnswerHealth, Finding, Grid, Series, Tick, Trial,
     counters::{BASELINE, CANARY},
+    eprocess::mostly_first,
     power::{self, student_quantile, student_surprise},
     quote,
 };
@@ -18,6 +19,8 @@ use super::{
 const FIRST_LOOK: i64 = 4;
 /// Fresh ticks at the first look at the slope, but for the end of a shorter bake: before, no slope that matters is told from noise.
 const FIRST_SLOPE: i64 = 32;
+/// Share of a KPI's probability that the looks at the level have; those at the slope have the rest.
+const LEVEL: f64 = 0.75;
 /// Growth per hour beyond the baseline's that is still called equal, on the log scale.
 const SLOPE_TOLERANCE: f64 = 0.10;
 /// Degrees of freedom without which no test is made.
@@ -188,9 +191,15 @@ fn looks(ticks: i64, bake: i64) -> bool {
         && (ticks % FIRST_LOOK == 0 && (ticks / FIRST_LOOK).count_ones() == 1 || ticks == bake)
 }
 
-/// ln of the share of a KPI's probability that look number `q`, from 1, has: half for the level or the slope, times 6/(pi² q²).
-fn look_share(q: i32) -> f64 {
-    (3.0 / (PI * PI * f64::from(q).powi(2))).ln()
+/// ln of the share of a KPI's probability that look number `q` at the level has, from 1. The first has most of it: what makes pods
+/// differ stays, so that a later look at the same pods tells little that is new.
+fn level_share(q: i32) -> f64 {
+    (LEVEL * mostly_first(q)).ln()
+}
+
+/// The same of a look at the slope: 6/(pi² q²) of the rest, since a slope is told the better the longer it lasts.
+fn slope_share(q: i32) -> f64 {
+    ((1.0 - LEVEL) * 6.0 / (PI * PI * f64::from(q).powi(2))).ln()
 }
 
 fn look(gauge: &Compared<'_>, sums: &GaugeSums, tick: Tick, ticks: i64, seen: &mut GaugeEvidence) {
@@ -198,14 +207,14 @@ fn look(gauge: &Compared<'_>, sums: &GaugeSums, tick: Tick, ticks: i64, seen: &m
     if let Some(level) = level(gauge, sums, tick).filter(|level| level.df >= ENOUGH) {
         let t = (worse(gauge, &level) - tolerated(gauge, &level)) / error(&level);
         if t > 0.0 {
-            seen.peak = seen.peak.max(student_surprise(t, level.df) + look_share(seen.looks));
+            seen.peak = seen.peak.max(student_surprise(t, level.df) + level_share(seen.looks));
         }
     }
     let skipped = (FIRST_SLOPE / FIRST_LOOK).ilog2() as i32;
     if (ticks >= FIRST_SLOPE || ticks == gauge.trial.bake)
         && let Some((t, df)) = slope(gauge, sums, ticks).filter(|(t, _)| *t > 0.0)
     {
-        seen.peak = seen.peak.max(student_surprise(t, df) + look_share((seen.looks - skipped).max(1)));
+        seen.peak = seen.peak.max(student_surprise(t, df) + slope_share((seen.looks - skipped).max(1)));
     }
 }
 
@@ -326,10 +335,9 @@ pub(super) fn find(gauge: &Compared<'_>, evidence: &Evidence) -> Finding {
     } else {
         (Verdict::Pass, Cause::Judged, numbers)
     };
-    // The smallest change that a look finds: beyond the tolerance by the alarm's quantile, and by the error of the estimate.
-    let finds = |looks: i32| {
-        let level = level.as_ref().filter(|level| level.df >= ENOUGH)?;
-        let quantile = student_quantile(trial.alarm_at - look_share(looks), level.df);
+    // The smallest change that the first look finds: beyond the tolerance by the alarm's quantile, and by the error of the estimate.
+    let detectable = level.as_ref().filter(|level| level.df >= ENOUGH).and_then(|level| {
+        let quantile = student_quantile(trial.alarm_at - level_share(1), level.df);
         // The noncentrality at which Student's t exceeds its quantile so often (approximated; 0.80 to 0.81 from 4 degrees on): the
         // error is itself an estimate, which matters the more the fewer the degrees of freedom.
         let spread = (1.0 + quantile * quantile / (2.0 * level.df)).sqrt();
@@ -337,9 +345,7 @@ pub(super) fn find(gauge: &Compared<'_>, evidence: &Evidence) -> Finding {
         let beyond = tolerated(gauge, level) + away * error(level);
         let ratio = if level.plain { 1.0 + beyond / level.means[BASELINE].abs() } else { beyond.exp() };
         ratio.is_finite().then_some(ratio)
-    };
-    let last = 1 + (trial.bake / FIRST_LOOK).max(1).ilog2() as i32 + 1;
-    let doubling = finds(1).filter(|ratio| *ratio <= 2.0).map(|_| FIRST_LOOK as f64);
+    });
     Finding {
         verdict,
         reason,
@@ -349,8 +355,8 @@ pub(super) fn find(gauge: &Compared<'_>, evidence: &Evidence) -> Finding {
         change: level.as_ref().and_then(|level| change(level, seen.sums.as_deref()?)),
         log_evidence: Some(seen.peak),
         tolerated: Some(1.0 + gauge.tolerance),
-        detectable: finds(last),
-        doubling_ticks: doubling,
+        detectable,
+        doubling_ticks: detectable.filter(|ratio| *ratio <= 2.0).map(|_| FIRST_LOOK as f64),
     }
 }
 
