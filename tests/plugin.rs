@@ -692,5 +692,6 @@ async fn a_rollout_is_read_by_name_and_a_missing_one_is_an_error() {
     assert_eq!(text(&output.stdout), text(&plugin(&["explain", "-f", &path("explain.json")]).stdout));
     let output = asked(&server, &["backtest", "other", "--prometheus", "http://127.0.0.1:9"]).await;
     assert_eq!(output.status.code(), Some(1));
-    assert!(text(&output.stderr).contains("oro/other: get: ") && text(&output.stderr).contains("not found"));
+    let refused = "kubectl-synthex: oro/other: get: optimizationrollouts.synthex.io \"other\" not found\n";
+    assert_eq!(text(&output.stderr), refused);
 }

@@ -141,6 +141,7 @@ fn status(kpis: &[KpiStatus]) -> RolloutStatus {
             index: 0,
             step: Step::Observing,
             attempt: 1,
+            replaced: 0,
             entered_at: ago(2000),
             attempt_at: ago(2000),
             subject: String::new(),
@@ -529,6 +530,27 @@ fn what_stages_can_show_is_said_once_before_the_evidence_is_looked_at() {
     });
     assert_eq!(said(&again), 0);
     assert_eq!(said(&plan(&json!({}), healthy(), |_| {})), 0);
+}
+
+#[test]
+fn each_stage_has_its_own_attempts_and_spends_none_of_them_twice() {
+    // The stage that runs, its attempt, how often pods were replaced, what it exposes; and the same of the stage that follows.
+    let rows = [
+        ("passed", "canary", (3, 4), 10, ("half", 1, 4)),
+        ("removed", "gone", (3, 4), 10, ("canary", 7, 5)),
+        ("removed, and every other exposes more", "gone", (3, 4), 5, ("canary", 6, 4)),
+        ("passed after a removal", "canary", (7, 5), 10, ("half", 7, 5)),
+        ("removed once more", "gone", (7, 5), 10, ("canary", 9, 6)),
+    ];
+    for (what, name, (attempt, replaced), weight, expected) in rows {
+        let after = plan(&json!({}), healthy(), |snapshot| {
+            snapshot.status.weight.desired = weight;
+            let stage = snapshot.status.stage.as_mut().unwrap();
+            (stage.name, stage.attempt, stage.replaced) = (name.to_owned(), attempt, replaced);
+        });
+        let stage = after.status.stage.as_ref().unwrap();
+        assert_eq!((stage.name.as_str(), stage.attempt, stage.replaced), expected, "{what}");
+    }
 }
 
 #[test]

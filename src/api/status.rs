@@ -99,8 +99,11 @@ pub struct StageStatus {
     pub index: i32,
     /// What the stage does now.
     pub step: Step,
-    /// How often evidence has been started afresh in this pass, from 1. Each start spends less of the false-rollback probability.
+    /// How often the evidence of this stage has been started, from 1. Each start spends less of the false-rollback probability.
     pub attempt: i32,
+    /// How often in this pass the pods of both arms have been replaced, so that evidence starts afresh.
+    #[serde(default)]
+    pub replaced: i32,
     /// When the stage was entered.
     pub entered_at: Time,
     /// When this attempt began to deploy.

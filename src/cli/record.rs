@@ -212,6 +212,7 @@ pub fn as_it_stood(rollout: &Rollout, basis: &Basis) -> RolloutStatus {
             index: 0,
             step: basis.step,
             attempt: basis.attempt,
+            replaced: 0,
             entered_at: exposed.clone(),
             attempt_at: exposed.clone(),
             subject: String::new(),

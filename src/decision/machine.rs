@@ -629,13 +629,17 @@ impl Machine<'_> {
         if matches!(stage.step, Step::Promoting | Step::Restoring) || planned(self.rollout, stage).is_some() {
             return;
         }
-        let (removed, attempt) = (stage.name.clone(), stage.attempt);
+        let removed = stage.name.clone();
+        // A stage that may have run before has had no more attempts than this one, or than arms have been replaced and one: none is
+        // spent twice.
+        let attempt = stage.attempt.max(stage.replaced + 1) + 1;
         let exposes_no_more = |planned: &&Stage| match planned.place {
             Place::Staging(_) => true,
             Place::Weight(weight) => weight <= exposed,
         };
         if let Some(planned) = self.rollout.stages.iter().rfind(exposes_no_more) {
             stage.name.clone_from(&planned.name);
+            stage.attempt = attempt;
             // What was seen of the removed stage is no proof of this one: its evidence starts afresh.
             "removed".clone_into(&mut stage.subject);
             return;
@@ -675,6 +679,7 @@ impl Machine<'_> {
             Place::Weight(_) => Track::Production,
         };
         let before = self.status.stage.as_ref();
+        let replaced = before.map_or(0, |stage| stage.replaced);
         let foretold = before.is_some_and(|stage| {
             stage.foretold
                 && self::planned(self.rollout, stage).is_some_and(|before| track(before) == track(planned))
@@ -685,6 +690,7 @@ impl Machine<'_> {
             index: i32::try_from(index).unwrap_or(i32::MAX),
             step: Step::Deploying,
             attempt,
+            replaced,
             entered_at: Time(self.now),
             attempt_at: Time(self.now),
             subject: String::new(),
@@ -766,6 +772,7 @@ impl Machine<'_> {
             return;
         }
         stage.attempt += 1;
+        stage.replaced += 1;
         stage.step = Step::Deploying;
         stage.attempt_at = Time(self.now);
         stage.exposed_at = None;
@@ -850,7 +857,9 @@ impl Machine<'_> {
     }
 
     fn pass(&mut self, planned: &Stage, index: usize) {
-        let attempt = self.status.stage.as_ref().map_or(1, |stage| stage.attempt);
+        // The next stage has spent nothing yet, unless it has been taken out of the list and put back.
+        let edited = self.status.stage.as_ref().filter(|stage| stage.attempt > stage.replaced + 1);
+        let attempt = edited.map_or(1, |stage| stage.attempt);
         let proof: Vec<_> =
             self.status.kpis.iter().map(|kpi| format!("{}: {}", kpi.name, kpi.message)).collect();
         let observed = self.status.stage.as_ref().map(|stage| stage.observed).unwrap_or_default();
@@ -1354,7 +1363,7 @@ impl Machine<'_> {
             replicas,
             on: on.clone(),
             staging: None,
-            attempt: 1,
+            replaced: 0,
             annotations: BTreeMap::new(),
         };
         let stable = |replicas, on: &BTreeSet<String>| Wanted {
@@ -1370,24 +1379,26 @@ impl Machine<'_> {
             (Step::Promoting, _) => vec![stable(n, &with_active)],
             (Step::Restoring, _) | (_, None) => vec![stable(n, &promoted)],
             (_, Some(Place::Staging(staging))) => {
-                let arm = |variant, replicas, on, attempt| Wanted {
+                let arm = |variant, replicas, on, replaced| Wanted {
                     staging: Some(staging),
-                    attempt,
+                    replaced,
                     ..make(variant, replicas, on)
                 };
                 let mut wanted = vec![stable(n, &promoted)];
                 if Rollout::mock_experts(staging) {
-                    wanted.push(arm(Variant::StagingExperts, 1, &promoted, 1));
+                    wanted.push(arm(Variant::StagingExperts, 1, &promoted, 0));
                 }
-                wanted.push(arm(Variant::StagingBaseline, staging.replicas, &promoted, stage.attempt));
-                wanted.push(arm(Variant::StagingCanary, staging.replicas, &with_active, stage.attempt));
-                wanted.push(arm(Variant::StagingLoad, 1, &promoted, 1));
+                wanted.push(arm(Variant::StagingBaseline, staging.replicas, &promoted, stage.replaced));
+                wanted.push(arm(Variant::StagingCanary, staging.replicas, &with_active, stage.replaced));
+                wanted.push(arm(Variant::StagingLoad, 1, &promoted, 0));
                 wanted
             }
             (_, Some(Place::Weight(weight))) => {
                 let replicas = Replicas::at(n, *weight, self.rollout.comparison);
-                let arm =
-                    |variant, replicas, on| Wanted { attempt: stage.attempt, ..make(variant, replicas, on) };
+                let arm = |variant, replicas, on| Wanted {
+                    replaced: stage.replaced,
+                    ..make(variant, replicas, on)
+                };
                 let mut wanted = vec![arm(Variant::Canary, replicas.canary, &with_active)];
                 if replicas.baseline > 0 {
                     wanted.push(arm(Variant::Baseline, replicas.baseline, &promoted));
@@ -1405,7 +1416,7 @@ impl Machine<'_> {
         let mut wanted = self.wanted();
         let promoted = names(&self.status, OptimizationState::Promoted);
         let promoting = self.status.stage.as_ref().is_some_and(|stage| stage.step == Step::Promoting);
-        let attempt = self.status.stage.as_ref().map_or(1, |stage| stage.attempt);
+        let replaced = self.status.stage.as_ref().map_or(0, |stage| stage.replaced);
         // Arms that are to go keep serving, with the configuration that is to stay, until they can be spared.
         for variant in [Variant::Canary, Variant::Baseline] {
             if self.snapshot.variants.contains_key(&variant) && !wanted.iter().any(|w| w.variant == variant) {
@@ -1418,7 +1429,7 @@ impl Machine<'_> {
                     replicas: 0,
                     on,
                     staging: None,
-                    attempt,
+                    replaced,
                     annotations: BTreeMap::new(),
                 });
             }

@@ -122,8 +122,8 @@ pub struct Wanted<'a> {
     pub on: BTreeSet<String>,
     /// The staging stage that runs, for staging variants.
     pub staging: Option<&'a Staging>,
-    /// How often the evidence has been started afresh: a new attempt gets new pods.
-    pub attempt: i32,
+    /// How often the arms have been given new pods, so that evidence starts afresh.
+    pub replaced: i32,
     /// Annotations of the Deployment.
     pub annotations: BTreeMap<&'static str, String>,
 }
@@ -167,10 +167,10 @@ pub fn render(rollout: &Rollout, wanted: &Wanted<'_>) -> Target {
     Target { objects: objects.into_iter().map(sealed).collect(), ..target }
 }
 
-/// Hash of all that is compared: the configurations of both arms and the pod template, without what a new attempt changes.
+/// Hash of all that is compared: the configurations of both arms and the pod template, without what gives them new pods.
 pub fn subject(rollout: &Rollout, canary: &Wanted<'_>, baseline: &Wanted<'_>) -> String {
     let part = |wanted: &Wanted<'_>| {
-        let first = Wanted { attempt: 0, replicas: 0, ..wanted.clone() };
+        let first = Wanted { replaced: 0, replicas: 0, ..wanted.clone() };
         let target = outline(rollout, &first);
         format!("{}\n{}", target.template, target.config.map(|(_, hash)| hash).unwrap_or_default())
     };
@@ -283,8 +283,8 @@ fn pod_template(rollout: &Rollout, wanted: &Wanted<'_>) -> (Value, String) {
         });
         template["spec"]["volumes"] =
             json!([{ "name": "config", "configMap": { "name": variant.object_name(&rollout.name) } }]);
-        if wanted.attempt > 1 {
-            template["metadata"]["annotations"]["synthex.io/attempt"] = json!(wanted.attempt.to_string());
+        if wanted.replaced > 0 {
+            template["metadata"]["annotations"]["synthex.io/replaced"] = json!(wanted.replaced.to_string());
         }
         json_patch::merge(&mut template, &Value::Object(rollout.pod_template.clone()));
     }

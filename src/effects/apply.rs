@@ -7,6 +7,7 @@ use k8s_openapi::api::{
 use kube::{
     Api, Client,
     api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PropagationPolicy},
+    core::Status,
 };
 use serde_json::{Value, json};
 
@@ -64,9 +65,7 @@ fn api(client: &Client, namespace: &str, kind: &str) -> Api<DynamicObject> {
 
 fn gone_is_fine(result: Result<(), Error>) -> Result<(), Error> {
     match result {
-        Err(Error::Kubernetes { source, .. }) if matches!(&*source, kube::Error::Api(status) if status.is_not_found()) => {
-            Ok(())
-        }
+        Err(error) if error.refusal().is_some_and(Status::is_not_found) => Ok(()),
         other => other,
     }
 }

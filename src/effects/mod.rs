@@ -7,7 +7,9 @@ pub mod observe;
 pub mod prometheus;
 pub mod report;
 
-use std::{future::Future, time::Duration};
+use std::{error::Error as StdError, future::Future, iter, time::Duration};
+
+use kube::core::Status;
 
 /// How long one call to the API server may take.
 const CALL_TIMEOUT: Duration = Duration::from_secs(15);
@@ -16,12 +18,12 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(15);
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The API server refused or could not be reached.
-    #[error("{verb}: {source}")]
+    #[error("{verb}: {}", told(.error))]
     Kubernetes {
         /// What was tried.
         verb: &'static str,
         /// The client's error.
-        source: Box<kube::Error>,
+        error: Box<kube::Error>,
     },
     /// The API server did not answer in time.
     #[error("{0}: the API server did not answer within 15 s")]
@@ -29,9 +31,20 @@ pub enum Error {
 }
 
 impl Error {
+    /// What the API server answered, where it refused.
+    fn refusal(&self) -> Option<&Status> {
+        match self {
+            Self::Kubernetes { error, .. } => match &**error {
+                kube::Error::Api(status) => Some(status),
+                _ => None,
+            },
+            Self::Timeout(_) => None,
+        }
+    }
+
     /// Whether somebody else has changed the object meanwhile, so that the decision must be taken again.
     pub fn is_conflict(&self) -> bool {
-        matches!(self, Self::Kubernetes { source, .. } if matches!(&**source, kube::Error::Api(status) if status.is_conflict()))
+        self.refusal().is_some_and(Status::is_conflict)
     }
 
     /// Kind of the error, as a closed set of metric labels.
@@ -39,7 +52,7 @@ impl Error {
         match self {
             Self::Timeout(_) => "timeout",
             error if error.is_conflict() => "conflict",
-            Self::Kubernetes { source, .. } if matches!(&**source, kube::Error::Api(_)) => "api",
+            error if error.refusal().is_some() => "api",
             Self::Kubernetes { .. } => "transport",
         }
     }
@@ -52,5 +65,28 @@ pub(crate) async fn timed<T>(
     tokio::time::timeout(CALL_TIMEOUT, call)
         .await
         .map_err(|_| Error::Timeout(verb))?
-        .map_err(|source| Error::Kubernetes { verb, source: Box::new(source) })
+        .map_err(|error| Error::Kubernetes { verb, error: Box::new(error) })
+}
+
+/// What the API server says; or the error with its causes, each once, since some repeat what they stem from.
+fn told(error: &kube::Error) -> String {
+    if let kube::Error::Api(status) = error
+        && !status.message.is_empty()
+    {
+        return status.message.clone();
+    }
+    let mut told = String::new();
+    for cause in with_sources(error).map(ToString::to_string) {
+        if !told.contains(&cause) {
+            told = if told.is_empty() { cause } else { format!("{told}: {cause}") };
+        }
+    }
+    told
+}
+
+/// An error and what it stems from.
+fn with_sources<'a>(
+    error: &'a (dyn StdError + 'static),
+) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
+    iter::successors(Some(error), |error| (*error).source())
 }

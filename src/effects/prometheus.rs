@@ -3,12 +3,13 @@
 //! Must not judge, retry or remember: the next round asks again. Nothing here is without a bound: the time and the size of an
 //! answer, its series, and the queries under way. No message shows the user and password of a URL.
 
-use std::{collections::BTreeMap, error::Error as StdError, iter, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, error::Error as StdError, sync::Arc, time::Duration};
 
 use reqwest::{Response, StatusCode, Url, redirect};
 use serde::{Deserialize, de::IgnoredAny};
 use tokio::sync::Semaphore;
 
+use super::with_sources;
 use crate::decision::judge::{Answer, MAX_TICKS, Samples, Series, Tick, excerpt, quote};
 
 /// Most bytes of an answer that are read.
@@ -192,12 +193,6 @@ fn causes(error: &(dyn StdError + 'static)) -> String {
     let told: Vec<_> =
         with_sources(error).filter(|error| !error.is::<reqwest::Error>()).map(ToString::to_string).collect();
     told.join(": ")
-}
-
-fn with_sources<'a>(
-    error: &'a (dyn StdError + 'static),
-) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
-    iter::successors(Some(error), |error| (*error).source())
 }
 
 /// The ticks that were asked for.

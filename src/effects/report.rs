@@ -7,6 +7,7 @@ use k8s_openapi::{
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::{ObjectMeta, Patch, PatchParams, PostParams},
+    core::Status,
 };
 use serde_json::{Value, json};
 
@@ -74,9 +75,7 @@ pub async fn announce(
     };
     let api = Api::<Event>::namespaced(client.clone(), &namespace);
     match timed("event", api.create(&PostParams::default(), &event)).await {
-        Err(Error::Kubernetes { source, .. }) if matches!(&*source, kube::Error::Api(status) if status.is_already_exists()) => {
-            Ok(())
-        }
+        Err(error) if error.refusal().is_some_and(Status::is_already_exists) => Ok(()),
         other => other.map(drop),
     }
 }
@@ -96,8 +95,7 @@ pub async fn answer(client: &Client, object: &OptimizationRollout, verbs: &[Verb
         let patch = Patch::Json::<()>(operations);
         match timed("patch", api.patch_metadata(&object.name_any(), &PatchParams::default(), &patch)).await {
             // The test has failed: another word stands there, to be answered next.
-            Err(Error::Kubernetes { source, .. }) if matches!(&*source, kube::Error::Api(status) if status.code == 422) =>
-                {}
+            Err(error) if error.refusal().is_some_and(|status| status.code == 422) => {}
             other => drop(other?),
         }
     }
