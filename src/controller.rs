@@ -339,7 +339,9 @@ async fn judge_one(
     let mut health = judge::AnswerHealth::Good;
     let queries = trial.queries();
     for (from, until) in trial.ranges(&evidence, until) {
-        let asked = queries.iter().map(|query| prometheus.range(query, from, until, trial.step));
+        let asked = queries
+            .iter()
+            .map(|query| prometheus.range_within(query, from, until, trial.step, trial.lookback()));
         let answers = futures::future::join_all(asked).await;
         (evidence, health) = trial.fold(evidence, &answers, from, until);
         if evidence.last_tick < until {

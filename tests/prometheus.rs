@@ -100,6 +100,36 @@ async fn a_matrix_is_read_as_sorted_series() {
 }
 
 #[tokio::test]
+async fn how_long_a_sample_stands_is_said() {
+    let server = served(matrix("[]")).await;
+    assert_eq!(series(client(&server.uri()).range_within(QUERY, 60, 120, 15, Some(30)).await), []);
+    let requests = server.received_requests().await.unwrap();
+    let body = String::from_utf8(requests[0].body.clone()).unwrap();
+    assert!(body.ends_with("&lookback_delta=30s"), "{body}");
+}
+
+#[tokio::test]
+async fn what_is_quoted_of_an_odd_answer_is_short() {
+    let answer = json(&format!(r#"{{"status":"{}"}}"#, "text ".repeat(100_000)));
+    assert!(malformed(asked(answer).await).len() < 1000);
+}
+
+#[tokio::test]
+async fn native_histograms_of_ever_new_buckets_are_refused() {
+    // Each sample is small, and all have other buckets: as classic buckets they would be 5,001 series of 1,000 samples each.
+    let sample = |tick: usize| {
+        let bucket = |n: usize| format!(r#"[0,"0","{}.5","1"]"#, 5 * tick + n);
+        let buckets: Vec<_> = (0..5).map(bucket).collect();
+        format!(r#"[{},{{"count":"5","sum":"1","buckets":[{}]}}]"#, 15 * tick, buckets.join(","))
+    };
+    let samples: Vec<_> = (0..1000).map(sample).collect();
+    let answer = matrix(&format!(r#"[{{"metric":{{"pod":"a"}},"histograms":[{}]}}]"#, samples.join(",")));
+    let server = served(answer).await;
+    let why = malformed(client(&server.uri()).range(QUERY, 0, 999 * 15, 15).await);
+    assert!(why.contains("more than 4000000 buckets in all their samples"), "{why}");
+}
+
+#[tokio::test]
 async fn no_series_is_an_answer() {
     assert_eq!(series(asked(matrix("[]")).await), []);
 }

@@ -494,8 +494,12 @@ pub struct PodSums {
     pub signed: bool,
     /// Sum of the plain values.
     pub plain: f64,
+    /// Sum of their squares.
+    pub plain_squares: f64,
     /// Sum of y.
     pub y: f64,
+    /// Sum of y².
+    pub yy: f64,
     /// Sum of t.
     pub t: f64,
     /// Sum of t².

@@ -10,8 +10,8 @@ use serde::Serialize;
 use super::{backtest::kind, dataset::compared, date, record::as_it_stood};
 use crate::{
     api::{
-        Basis, Benefit, Carry, Change, KpiStatus, Numbers, OptimizationRollout, OptimizationStatus, Phase,
-        Step, Verdict, What,
+        Basis, Benefit, Carry, Change, Direction, KpiStatus, Numbers, OptimizationRollout,
+        OptimizationStatus, Phase, Step, Verdict, What,
     },
     decision::{
         judge::{self, Test, Trial},
@@ -280,7 +280,14 @@ fn tell(
 fn tolerance(test: &Test, trial: Option<&Trial>) -> Option<String> {
     let tolerance = match test {
         Test::ErrorRatio { tolerance, .. } | Test::Latency { tolerance, .. } => *tolerance,
-        Test::Gauge { tolerance, .. } => return Some(format!("1 + tolerance {tolerance}")),
+        Test::Gauge { tolerance, direction: Direction::LowerIsBetter, .. } => {
+            return Some(format!("1 + tolerance {tolerance}"));
+        }
+        Test::Gauge { tolerance, direction: Direction::HigherIsBetter, .. } => {
+            return Some(format!(
+                "1 / (1 + tolerance {tolerance}), or 1 - tolerance where a value is 0 or less"
+            ));
+        }
         Test::Threshold { .. } => return None,
     };
     let trial = trial?;

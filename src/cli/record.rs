@@ -246,11 +246,12 @@ async fn read(
     for query in trial.queries() {
         let mut whole: BTreeMap<(String, String, String), judge::Series> = BTreeMap::new();
         for (from, until) in trial.ranges(&judge::beginning(from), until) {
-            let samples = match prometheus.range(&query, from, until, trial.step).await {
-                Answer::Series(samples) => samples,
-                Answer::Down(why) => bail!("{why}"),
-                Answer::Malformed(why) => return Ok(Err(why)),
-            };
+            let samples =
+                match prometheus.range_within(&query, from, until, trial.step, trial.lookback()).await {
+                    Answer::Series(samples) => samples,
+                    Answer::Down(why) => bail!("{why}"),
+                    Answer::Malformed(why) => return Ok(Err(why)),
+                };
             for series in samples {
                 let count = series.points.len();
                 ensure!(

@@ -18,7 +18,7 @@ use super::{
     snapshot::{Observed, Pod, Snapshot, Verb},
 };
 use crate::api::{
-    Approval, Basis, Blame, Cause, Comparison, Decision, DeletionPolicy, KpiStatus, Mode, Numbers,
+    Approval, Basis, Blame, Cause, Comparison, Decision, DeletionPolicy, Direction, KpiStatus, Mode, Numbers,
     OnInconclusive, OnMiss, OptimizationState, OptimizationStatus, Phase, Preflight, Promotion,
     RolloutStatus, StageStatus, Step, Suffered, Track, Verdict, What,
 };
@@ -1121,7 +1121,12 @@ impl Machine<'_> {
             return false;
         }
         let within = wanting.iter().all(|known| match (known.change, known.tolerated) {
-            (Some(change), Some(tolerated)) => change.estimate <= tolerated - 1.0,
+            (Some(change), Some(tolerated)) => match self.kpi(&known.name).map(|kpi| &kpi.test) {
+                Some(Test::Gauge { direction: Direction::HigherIsBetter, .. }) => {
+                    change.estimate >= tolerated - 1.0
+                }
+                _ => change.estimate <= tolerated - 1.0,
+            },
             _ => true,
         });
         let names: Vec<_> =

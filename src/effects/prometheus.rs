@@ -3,7 +3,12 @@
 //! Must not judge, retry or remember: the next round asks again. Nothing here is without a bound: the time and the size of an
 //! answer, its series, and the queries under way. No message shows the user and password of a URL.
 
-use std::{collections::BTreeMap, error::Error as StdError, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    error::Error as StdError,
+    sync::Arc,
+    time::Duration,
+};
 
 use reqwest::{Response, StatusCode, Url, redirect};
 use serde::{Deserialize, de::IgnoredAny};
@@ -17,6 +22,10 @@ const MAX_BODY: usize = 8 << 20;
 
 /// Most series of an answer that are taken.
 const MAX_SERIES: usize = 50_000;
+
+/// Most buckets of native histograms that are taken from an answer, in all samples together: a bucket that a sample does not name is
+/// one all the same.
+const MAX_POINTS: usize = 4_000_000;
 
 /// Most queries under way at once; the others wait their turn.
 const MAX_CONCURRENT: usize = 8;
@@ -83,6 +92,18 @@ impl Prometheus {
 
     /// The samples of a query at `start`, `start + step` and so on to `end`: at most [`MAX_TICKS`] ticks, all multiples of `step`.
     pub async fn range(&self, query: &str, start: Tick, end: Tick, step: i64) -> Answer {
+        self.range_within(query, start, end, step, None).await
+    }
+
+    /// The same, where a sample is given for `lookback` seconds after its time and no longer (Prometheus' own default is 5 minutes).
+    pub async fn range_within(
+        &self,
+        query: &str,
+        start: Tick,
+        end: Tick,
+        step: i64,
+        lookback: Option<i64>,
+    ) -> Answer {
         let Some(grid) = Grid::new(start, end, step) else {
             return malformed(
                 query,
@@ -94,7 +115,11 @@ impl Prometheus {
         // POST, since a query may be longer than servers and proxies allow a URL to be; raw, since the library would read an
         // answer of any size. With the time-out Prometheus stops working on what nobody waits for any more.
         let timeout = i64::try_from(self.timeout.as_millis()).unwrap_or(i64::MAX);
-        match self.client.query_range(query, start, end, step as f64).timeout(timeout).post_raw().await {
+        let mut asked = self.client.query_range(query, start, end, step as f64).timeout(timeout);
+        if let Some(lookback) = lookback {
+            asked = asked.query("lookback_delta", format!("{lookback}s"));
+        }
+        match asked.post_raw().await {
             Ok(response) => self.read(query, grid, response).await,
             Err(error) => self.unreached(query, &error),
         }
@@ -141,8 +166,9 @@ impl Prometheus {
             Some(Err(error)) => malformed(
                 query,
                 format!(
-                    "the answer of {} is not the JSON of Prometheus ({error}): is this the address of Prometheus itself?",
-                    self.shown
+                    "the answer of {} is not the JSON of Prometheus ({}): is this the address of Prometheus itself?",
+                    self.shown,
+                    excerpt(&error.to_string())
                 ),
             ),
             Some(Ok(reply)) => match matrix(reply, grid) {
@@ -243,8 +269,9 @@ fn matrix(reply: Reply, grid: Grid) -> Result<Samples, String> {
         ));
     }
     let mut samples: Samples = vec![];
+    let mut room = MAX_POINTS;
     for range in result {
-        samples.extend(series(range, grid)?);
+        samples.extend(series(range, grid, &mut room)?);
         if samples.len() > MAX_SERIES {
             return Err(format!(
                 "the answer's histograms have more than {MAX_SERIES} buckets: narrow the selectors, or aggregate labels away"
@@ -266,7 +293,7 @@ fn other(kind: &str) -> String {
 }
 
 /// The series of one range: itself, or the buckets of a native histogram, each as a series of its own.
-fn series(range: Range, grid: Grid) -> Result<Samples, String> {
+fn series(range: Range, grid: Grid, room: &mut usize) -> Result<Samples, String> {
     if range.histograms.is_empty() {
         let values = range.values.into_iter().map(|(time, Value(value))| (time, value));
         let points = on_grid(values, grid)?;
@@ -285,6 +312,14 @@ fn series(range: Range, grid: Grid) -> Result<Samples, String> {
             (tick, histogram.count.0, buckets)
         })
         .collect();
+    let bounds: BTreeSet<u64> =
+        points.iter().flat_map(|(_, _, buckets)| buckets.iter().map(|(bound, _)| bound.to_bits())).collect();
+    *room = room.checked_sub((bounds.len() + 1).saturating_mul(points.len())).ok_or_else(|| {
+        format!(
+            "the answer's histograms have more than {MAX_POINTS} buckets in all their samples: narrow the selectors, or aggregate \
+             labels away"
+        )
+    })?;
     Ok(Series::of_native(&range.metric, &points))
 }
 

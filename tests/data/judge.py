@@ -68,19 +68,25 @@ def level(case, canary, baseline):
     s0 = case["spread"][1 if plain else 0] if d0 else 0.0
     df = d0 + len(b) - 1
     variance = (d0 * s0**2 + (len(b) - 1) * (b.var(ddof=1) if len(b) > 1 else 0.0)) / df if df else 0.0
+    # Never less than the least of any gauge, nor than the squared standard error of the mean of a canary pod.
+    own = [np.array([v if plain else math.log(v) for _, v in pod]) for pod in canary if len(pod) >= 4]
+    least = 0.05 * (max(abs(c.mean()), abs(b.mean())) if plain else 1.0)
+    variance = max(variance, least**2, np.mean([stats.sem(values) ** 2 for values in own]))
     return c, b, plain, variance, df, sign * (c.mean() - b.mean()) - tolerated
 
 
 def slope(case, canary, baseline):
     def slopes(pods):
         pods = [pod for pod in pods if len(pod) >= 4 and all(v > 0 for _, v in pod)]
-        return np.array([stats.linregress([i * STEP / 3600 for i, _ in p], [math.log(v) for _, v in p]).slope for p in pods])
+        lines = [stats.linregress([i * STEP / 3600 for i, _ in p], [math.log(v) for _, v in p]) for p in pods]
+        return np.array([line.slope for line in lines]), np.array([line.stderr for line in lines])
 
-    c, b = slopes(canary), slopes(baseline)
+    (c, own), (b, _) = slopes(canary), slopes(baseline)
     if not len(c) or len(b) < 3:
         return None
     sign = -1 if case["higherIsBetter"] else 1
-    error = b.std(ddof=1) * math.sqrt(1 / len(c) + 1 / len(b))
+    # Never less than what every fourth sample of a canary pod tells.
+    error = math.sqrt(max(b.var(ddof=1), 4 * np.mean(own**2))) * math.sqrt(1 / len(c) + 1 / len(b))
     return (sign * (c.mean() - b.mean()) - 0.10) / error, len(b) - 1
 
 
@@ -100,7 +106,7 @@ def gauge(case):
                     peak = max(peak, surprise(t, df) + level_share(looks))
             grown = slope(case, *arms) if n >= 32 or n == bake else None
             if grown and grown[0] > 0:
-                peak = max(peak, surprise(*grown) + slope_share(max(looks - 3, 1)))
+                peak = max(peak, surprise(*grown) + slope_share(max(looks - (2 if bake < 32 else 3), 1)))
         if peak > before:
             rises.append([tick, float(f"{peak:.13g}")])
     return rises, gauge_change(case), gauge_detectable(case)
@@ -131,7 +137,8 @@ def gauge_detectable(case):
     at = stats.t.isf(math.exp(-(case["alarmAt"] - level_share(1))), df)
     error = math.sqrt(variance * (1 / len(c) + 1 / len(b)))
     shift = optimize.brentq(lambda shift: stats.nct.sf(at, df, shift) - 0.8, at - 3, at + 40)
-    return math.exp(math.log(1 + case["tolerance"]) + shift * error)
+    sign = -1 if case["higherIsBetter"] else 1
+    return math.exp(sign * (math.log(1 + case["tolerance"]) + shift * error))
 
 
 def pods(rng, n, ticks, centre=100.0, between=0.05, within=0.02, growth=0.0, gaps=0.0):
@@ -287,7 +294,7 @@ def gauge_spreads():
             plain = np.array([pod.mean() for pod in whole])
             logs = [np.log(pod).mean() for pod in whole] if all((pod > 0).all() for pod in whole) else None
             spread = [
-                max(np.std(logs, ddof=1), 0.05) if logs else 0.05,
+                max(np.std(logs, ddof=1), 0.05) if logs else 0.5,
                 max(np.std(plain, ddof=1), 0.05 * abs(plain.mean())),
             ]
         cases.append(

@@ -173,6 +173,58 @@ fn what_is_no_histogram_is_no_latency_and_the_other_way_round() {
 }
 
 #[test]
+fn a_histogram_without_the_frozen_bucket_is_not_judged() {
+    let trial = with(latency(), arms(1, 1), learned(8, &[LEAST, LEAST], &["0.25", "1.0"]));
+    for lacks in ["0.25", "1.0"] {
+        let mut samples = steady([600, 330, 50, 20], [600, 330, 50, 20], 8);
+        samples.retain(|series| !(series.pod.contains("canary") && series.labels.contains(lacks)));
+        let (evidence, health) = trial.fold(beginning(0), &latency_answers(&samples), 0, 8 * STEP);
+        let status = trial.judge(&evidence, &health);
+        assert_eq!((status.verdict, status.reason), (Verdict::TelemetryDown, Cause::Malformed), "{lacks}");
+        assert!(status.message.contains("pod x-canary-a-1 has a histogram without"), "{}", status.message);
+        assert_eq!(evidence.shares[0].canary, Counts::default());
+    }
+}
+
+#[test]
+fn the_bounds_of_native_histograms_count_every_pod() {
+    let pod = |number: usize| {
+        let labels = [("pod".to_owned(), format!("x-baseline-a-{number}"))].into();
+        let sample = |block: i64| {
+            let n = block as f64;
+            let mut buckets = vec![(0.1, 900.0 * n), (0.25, 80.0 * n), (1.0, 20.0 * n)];
+            // One pod alone has a single request in a bucket of its own.
+            if number == 0 {
+                buckets.push((2.0, 1.0));
+            }
+            (block * 60, buckets.iter().map(|(_, count)| count).sum(), buckets)
+        };
+        Series::of_native(&labels, &(0..=10).map(sample).collect::<Vec<_>>())
+    };
+    let samples = (0..3).flat_map(pod).collect();
+    let lesson =
+        Lesson::over(&latency(), Track::Production, "shop", vec!["x-baseline".to_owned()], 600, 600, STEP);
+    let found = lesson.learn(&[Answer::Series(samples)]).unwrap().unwrap();
+    // A tenth exceeds 0.1 s, and a fiftieth 0.25 s.
+    assert_eq!((found.bounds, found.native), (vec!["0.1".to_owned(), "0.25".to_owned()], true));
+}
+
+#[test]
+fn a_zero_in_the_past_teaches_nothing_of_logarithms() {
+    let pod = |number: usize| {
+        let mut values = vec![100.0 + number as f64; 11];
+        values[4] = if number == 0 { 0.0 } else { values[4] };
+        let mut series = labelled(&[("pod", &format!("x-baseline-a-{number}"))], &some(&values));
+        series.points.iter_mut().for_each(|point| point.0 *= 60 / STEP);
+        series
+    };
+    let kpi = gauge(Direction::LowerIsBetter);
+    let lesson = Lesson::over(&kpi, Track::Production, "shop", vec!["x-baseline".to_owned()], 600, 600, STEP);
+    let found = lesson.learn(&[Answer::Series((0..9).map(pod).collect())]).unwrap().unwrap();
+    assert_eq!((found.pods, found.spread[0]), (9, CAUTIOUS));
+}
+
+#[test]
 fn a_native_histogram_is_judged_as_a_classic_one() {
     let preflight = Preflight { native: true, ..learned(8, &[LEAST], &["0.5"]) };
     let trial = with(latency(), arms(1, 1), preflight);
@@ -407,6 +459,15 @@ fn a_gauge_is_judged_by_its_pods() {
             Cause::Judged,
         ),
         (
+            "a count that is always the same",
+            lower,
+            vec![1.0],
+            vec![1.0; 6],
+            nothing.clone(),
+            Verdict::Pass,
+            Cause::Judged,
+        ),
+        (
             "too few pods",
             lower,
             vec![900.0],
@@ -460,6 +521,67 @@ fn a_leak_is_found_by_its_slope_though_the_levels_are_equal() {
     };
     assert_eq!(run(0.02).verdict, Verdict::Pass);
     assert_eq!(run(1.0).verdict, Verdict::Fail, "{}", run(1.0).message);
+}
+
+#[test]
+fn pods_that_all_show_one_number_are_no_proof_that_another_never_comes() {
+    let step = |at: usize, ticks: usize, from: f64, to: f64| -> Vec<f64> {
+        (0..ticks).map(|tick| if tick < at { from } else { to }).collect()
+    };
+    // A canary pod's values, those of every baseline pod, and whether the canary is worse.
+    for (name, canary, base, pods, fails) in [
+        ("one waits, once", step(3, 4, 0.0, 1.0), 0.0, 9, false),
+        ("one waits from the middle on", step(4, 8, 0.0, 1.0), 0.0, 9, false),
+        ("one waits all the time", step(0, 4, 0.0, 1.0), 0.0, 9, true),
+        ("a thread more in the middle", step(16, 32, 8.0, 9.0), 8.0, 4, false),
+        ("a thread more in the middle, beside more pods", step(16, 32, 8.0, 9.0), 8.0, 10, false),
+        ("five times as many threads", step(0, 8, 8.0, 40.0), 8.0, 9, true),
+    ] {
+        let ticks = canary.len();
+        let names: Vec<_> = (0..pods).map(|number| format!("x-baseline-a-{number}")).collect();
+        let mut series = vec![("x-canary-a-0", canary)];
+        series.extend(names.iter().map(|name| (name.as_str(), vec![base; ticks])));
+        let preflight = learned(9, &[CAUTIOUS, 0.0], &[]);
+        let preflight = if base > 0.0 { learned(9, &[0.05, 0.05 * base], &[]) } else { preflight };
+        let trial =
+            Trial { bake: ticks as i64, ..with(gauge(Direction::LowerIsBetter), arms(1, pods), preflight) };
+        let (evidence, health) = trial.fold(beginning(0), &[values(&series)], 0, ticks as i64 * STEP);
+        let status = trial.judge(&evidence, &health);
+        assert_eq!(status.verdict == Verdict::Fail, fails, "{name}: {}", status.message);
+    }
+}
+
+#[test]
+fn a_gauge_that_should_be_high_tells_ratios_below_one() {
+    let trial = with(gauge(Direction::HigherIsBetter), arms(4, 4), learned(8, &[0.05, 5.0], &[]));
+    let (evidence, health) = trial.fold(beginning(0), &[level(&[100.0; 4], &[100.0; 4], 8)], 0, 8 * STEP);
+    let status = trial.judge(&evidence, &health);
+    assert_eq!((status.tolerated, status.doubling_found_in), (Some(0.952381), None));
+    assert!(status.detectable.is_some_and(|ratio| (0.5..0.95).contains(&ratio)), "{:?}", status.detectable);
+}
+
+#[test]
+fn a_tick_whose_values_cannot_be_told_apart_is_passed_over() {
+    let trial = with(gauge(Direction::LowerIsBetter), arms(2, 2), learned(8, &[0.05, 5.0], &[]));
+    let Answer::Series(mut samples) = level(&[160.0, 150.0], &[100.0, 104.0], 8) else { unreachable!() };
+    // One pod's container starts anew at tick 3 under another label, and its old series is given once more.
+    let mut old = labelled(&[("pod", "x-canary-a-0"), ("id", "old")], &some(&[160.0; 4]));
+    let new = samples.iter_mut().find(|series| series.pod == "x-canary-a-0").unwrap();
+    old.points.retain(|(time, _)| *time <= 3 * STEP);
+    new.points.retain(|(time, _)| *time >= 3 * STEP);
+    samples.push(old);
+    let answers = [Answer::Series(samples)];
+    let (whole, health) = trial.fold(beginning(0), &answers, 0, 8 * STEP);
+    assert_eq!((whole.fresh_ticks, health), (7, AnswerHealth::Good));
+    let (mut evidence, mut faults) = (beginning(0), vec![]);
+    for tick in 1..=8 {
+        let (next, health) = trial.fold(evidence, &answers, (tick - 1) * STEP, tick * STEP);
+        evidence = trial.resumed(Some(next), 0);
+        if matches!(health, AnswerHealth::Malformed(_)) {
+            faults.push(tick);
+        }
+    }
+    assert_eq!((evidence, faults), (whole, vec![3]));
 }
 
 #[test]

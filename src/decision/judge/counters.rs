@@ -29,7 +29,8 @@ impl Counted<'_> {
             let Some(under) = &mut under else { return (time, count) };
             while under.next_if(|(at, _)| *at < time).is_some() {}
             let below = under.peek().filter(|(at, _)| *at == time).map_or(0.0, |(_, below)| *below);
-            (time, (count - below).max(0.0))
+            // Not the larger of the two, which of 0 and no number is 0.
+            (time, if count < below { 0.0 } else { count - below })
         })
     }
 
@@ -282,18 +283,24 @@ pub(super) fn increases(
 
 /// The buckets of histograms as counters of what lies above each of `bounds`, and of all there is; by pod.
 ///
-/// A histogram without the bucket of a bound counts up to the largest bound below it, which for a native histogram is the same.
-pub(super) fn above<'a>(buckets: &'a [Series], bounds: &[f64]) -> Vec<Counted<'a>> {
+/// A native histogram has buckets only where it has values: it is counted up to its largest bound up to the wanted one. Of a classic one
+/// that lacks a bound nothing is counted, since which of its requests lie above is not known; its series of all there is comes back
+/// beside the counters.
+pub(super) fn above<'a>(buckets: &'a [Series], bounds: &[f64]) -> (Vec<Counted<'a>>, Vec<&'a Series>) {
     let mut sorted: Vec<(&Series, &super::samples::Bucket)> =
         buckets.iter().filter_map(|series| Some((series, series.bucket.as_ref()?))).collect();
     sorted.sort_by(|(a, _), (b, _)| a.pod.cmp(&b.pod));
-    let mut counted = Vec::with_capacity(sorted.len());
+    let (mut counted, mut lacking) = (Vec::with_capacity(sorted.len()), vec![]);
     for pod in sorted.chunk_by_mut(|(a, _), (b, _)| a.pod == b.pod) {
         pod.sort_by(|(_, x), (_, y)| x.histogram.cmp(&y.histogram).then(x.le.total_cmp(&y.le)));
         for histogram in pod.chunk_by(|(_, x), (_, y)| x.histogram == y.histogram) {
             let Some((all, _)) = histogram.last().filter(|(_, bucket)| bucket.le == f64::INFINITY) else {
                 continue;
             };
+            if !bounds.iter().take(KINDS).all(|bound| knows(histogram, *bound)) {
+                lacking.push(*all);
+                continue;
+            }
             for (kind, bound) in bounds.iter().take(KINDS).enumerate() {
                 let below = histogram.iter().rev().find(|(_, bucket)| bucket.le <= *bound);
                 let under = Some(below.map_or(&[][..], |(series, _)| &series.points));
@@ -302,7 +309,12 @@ pub(super) fn above<'a>(buckets: &'a [Series], bounds: &[f64]) -> Vec<Counted<'a
             counted.push(Counted { of: all, counter: Counter::Total, under: None });
         }
     }
-    counted
+    (counted, lacking)
+}
+
+/// Whether a histogram tells what lies above a bound.
+fn knows(histogram: &[(&Series, &super::samples::Bucket)], bound: f64) -> bool {
+    histogram.iter().any(|(_, bucket)| bucket.native || bucket.le == bound)
 }
 
 /// Marks the ticks at which any of the series has a sample.

@@ -11,7 +11,8 @@ use super::{
     AnswerHealth, Finding, Grid, Series, Tick, Trial,
     counters::{BASELINE, CANARY},
     eprocess::mostly_first,
-    power::{self, student_quantile, student_surprise},
+    power::{self, EIGHTY, student_quantile, student_surprise},
+    preflight::LEAST_GAUGE,
     quote,
 };
 
@@ -27,10 +28,10 @@ const SLOPE_TOLERANCE: f64 = 0.10;
 const ENOUGH: f64 = 4.0;
 /// Baseline pods without which slopes are not compared.
 const SLOPE_PODS: usize = 3;
+/// Samples of a pod that tell of its slope as much as one that is independent, since what comes one after another hangs together.
+const HANG_TOGETHER: f64 = 4.0;
 /// Samples of a pod that make a mean.
 const SAMPLES: f64 = 4.0;
-/// Canary with a probability of 80 % beyond the alarm.
-const EIGHTY: f64 = 0.8416;
 
 /// A gauge that is compared.
 #[derive(Clone, Copy, Debug)]
@@ -65,10 +66,14 @@ pub(super) fn fold(
     let trial = gauge.trial;
     let query = || quote(&trial.queries().pop().unwrap_or_default());
     let mut sorted: Vec<(&Series, usize)> = vec![];
-    let mut fault = None;
+    // Ticks whose values cannot be told apart, with the reason.
+    let mut void = vec![None; grid.len()];
     for series in values {
         if series.pod.is_empty() {
-            fault = Some("a series without the label pod: keep it in the result, as in sum by (pod) (...)");
+            for index in series.points.iter().filter_map(|(time, _)| grid.index(*time)) {
+                void[index] =
+                    Some("a series without the label pod: keep it in the result, as in sum by (pod) (...)");
+            }
         } else if trial.arms.canary.owns(&series.pod) {
             sorted.push((series, CANARY));
         } else if gauge.baseline.owns(&series.pod) {
@@ -76,22 +81,22 @@ pub(super) fn fold(
         }
     }
     sorted.sort_by(|(a, _), (b, _)| a.key().cmp(&b.key()));
-    if sorted.windows(2).any(|pair| pair[0].0.pod == pair[1].0.pod) {
-        fault = Some("several series of one pod: aggregate them, as in sum by (pod) (...)");
-    }
-    if let Some(fault) = fault {
-        evidence.last_tick = evidence.last_tick.max(grid.last());
-        return (
-            evidence,
-            AnswerHealth::Malformed(format!("the query gives {fault}; the query is {}", query())),
-        );
+    for pod in sorted.chunk_by(|(a, _), (b, _)| a.pod == b.pod).filter(|pod| pod.len() > 1) {
+        let mut seen = vec![false; grid.len()];
+        for (time, _) in pod.iter().flat_map(|(series, _)| &series.points) {
+            if let Some(index) = grid.index(*time)
+                && std::mem::replace(&mut seen[index], true)
+            {
+                void[index] = Some("several series of one pod: aggregate them, as in sum by (pod) (...)");
+            }
+        }
     }
     let mut seen = evidence.gauge.take().unwrap_or_default();
     let mut sums =
         seen.sums.take().unwrap_or_else(|| Box::new(GaugeSums { from: grid.from, ..GaugeSums::default() }));
     let mut next: Vec<usize> = vec![0; sorted.len()];
     let (mut present, mut finite) = ([false; 2], [false; 2]);
-    for index in 1..grid.len() {
+    for (index, void) in void.iter().enumerate().skip(1) {
         let tick = grid.tick(index);
         if tick <= evidence.last_tick {
             continue;
@@ -111,7 +116,7 @@ pub(super) fn fold(
                 Some(value)
             })
             .collect();
-        if !(present[CANARY] && present[BASELINE]) {
+        if void.is_some() || !(present[CANARY] && present[BASELINE]) {
             continue;
         }
         let whole = finite[CANARY] && finite[BASELINE];
@@ -150,10 +155,18 @@ pub(super) fn fold(
             ),
         )
     };
-    // Where no tick was new, what was last said of them stands.
+    // Where no tick was new, the last one is looked at once more.
     if grid.ticks == 0 {
-        let last = |arm: usize| sorted.iter().any(|(series, of)| *of == arm && !series.points.is_empty());
-        (present, finite) = ([last(CANARY), last(BASELINE)], [true; 2]);
+        let last = |arm: usize, good: fn(f64) -> bool| {
+            let of_arm = sorted.iter().filter(|(_, of)| *of == arm);
+            of_arm.filter_map(|(series, _)| series.points.last()).any(|(_, value)| good(*value))
+        };
+        let both = |good| [CANARY, BASELINE].map(|arm| last(arm, good));
+        (present, finite) = (both(|_| true), both(f64::is_finite));
+    }
+    if let Some(fault) = void[grid.len() - 1] {
+        let why = format!("the query gives {fault}; the query is {}", query());
+        return (evidence, AnswerHealth::Malformed(why));
     }
     let health = match present {
         [false, false] => missing(Cause::Missing, "neither the canary's nor the baseline's pods"),
@@ -174,9 +187,11 @@ pub(super) fn fold(
 fn count(pod: &mut PodSums, t: f64, value: f64) {
     pod.n += 1.0;
     pod.plain += value;
+    pod.plain_squares += value * value;
     if value > 0.0 {
         let y = value.ln();
         pod.y += y;
+        pod.yy += y * y;
         pod.t += t;
         pod.tt += t * t;
         pod.ty += t * y;
@@ -210,7 +225,9 @@ fn look(gauge: &Compared<'_>, sums: &GaugeSums, tick: Tick, ticks: i64, seen: &m
             seen.peak = seen.peak.max(student_surprise(t, level.df) + level_share(seen.looks));
         }
     }
-    let skipped = (FIRST_SLOPE / FIRST_LOOK).ilog2() as i32;
+    // The looks before the first at the slope, less the one at the end of a short bake.
+    let bake_is_short = gauge.trial.bake < FIRST_SLOPE;
+    let skipped = (FIRST_SLOPE / FIRST_LOOK).ilog2() as i32 - i32::from(bake_is_short);
     if (ticks >= FIRST_SLOPE || ticks == gauge.trial.bake)
         && let Some((t, df)) = slope(gauge, sums, ticks).filter(|(t, _)| *t > 0.0)
     {
@@ -220,7 +237,11 @@ fn look(gauge: &Compared<'_>, sums: &GaugeSums, tick: Tick, ticks: i64, seen: &m
 
 /// How much worse the canary is, on the scale that is compared.
 fn worse(gauge: &Compared<'_>, level: &Level) -> f64 {
-    let difference = level.means[CANARY] - level.means[BASELINE];
+    for_the_worse(gauge, level.means[CANARY] - level.means[BASELINE])
+}
+
+/// From a difference to how much worse that is, and back.
+fn for_the_worse(gauge: &Compared<'_>, difference: f64) -> f64 {
     match gauge.direction {
         Direction::LowerIsBetter => difference,
         Direction::HigherIsBetter => -difference,
@@ -237,13 +258,12 @@ fn error(level: &Level) -> f64 {
 }
 
 /// The pods' means, and how much pods differ: the pre-flight's variance and that of the baseline's pods, each by its degrees of
-/// freedom.
+/// freedom. It is never less than what is taken for the least of any gauge, nor than what chance leaves in the mean of a canary pod
+/// that varies in itself: pods that have all shown one number so far are no proof that another never comes.
 fn level(gauge: &Compared<'_>, sums: &GaugeSums, tick: Tick) -> Option<Level> {
     let plain = sums.pods.iter().flat_map(|arm| arm.values()).any(|pod| pod.signed);
-    let values = |arm: usize| -> Vec<f64> {
-        let pods = sums.pods[arm].values().filter(|pod| pod.n >= SAMPLES);
-        pods.map(|pod| if plain { pod.plain } else { pod.y } / pod.n).collect()
-    };
+    let pods = |arm: usize| sums.pods[arm].values().filter(|pod| pod.n >= SAMPLES);
+    let values = |arm: usize| -> Vec<f64> { pods(arm).map(|pod| moments(pod, plain).0).collect() };
     let [canary, baseline] = [values(CANARY), values(BASELINE)];
     if canary.is_empty() || baseline.is_empty() {
         return None;
@@ -253,8 +273,19 @@ fn level(gauge: &Compared<'_>, sums: &GaugeSums, tick: Tick) -> Option<Level> {
     let squares: f64 = baseline.iter().map(|value| (value - means[BASELINE]).powi(2)).sum();
     let (spread, d0) = if gauge.trial.knows(tick) { learned(gauge.trial, plain) } else { (0.0, 0.0) };
     let df = d0 + baseline.len() as f64 - 1.0;
-    let variance = if df > 0.0 { (d0 * spread * spread + squares) / df } else { 0.0 };
+    let learned = if df > 0.0 { (d0 * spread * spread + squares) / df } else { 0.0 };
+    let scale = if plain { means[CANARY].abs().max(means[BASELINE].abs()) } else { 1.0 };
+    let least = LEAST_GAUGE * scale;
+    let own = pods(CANARY).map(|pod| moments(pod, plain).1).sum::<f64>() / canary.len() as f64;
+    let variance = learned.max(least * least).max(own);
     Some(Level { means, pods: [canary.len() as f64, baseline.len() as f64], variance, df, plain })
+}
+
+/// The mean of a pod's samples, and its variance if they were independent.
+fn moments(pod: &PodSums, plain: bool) -> (f64, f64) {
+    let (sum, squares) = if plain { (pod.plain, pod.plain_squares) } else { (pod.y, pod.yy) };
+    let mean = sum / pod.n;
+    (mean, ((squares / pod.n - mean * mean) / (pod.n - 1.0).max(1.0)).max(0.0))
 }
 
 /// The spread between pods that the pre-flight has learned, and its degrees of freedom: none where it has learned nothing.
@@ -268,15 +299,19 @@ fn learned(trial: &Trial, plain: bool) -> (f64, f64) {
     }
 }
 
-/// Student's t of the difference of the pods' slopes beyond what is tolerated, with its degrees of freedom: the baseline's alone.
+/// Student's t of the difference of the pods' slopes beyond what is tolerated, with its degrees of freedom: the baseline's alone. The
+/// variance is that between these, and never less than that of the slope of a canary pod in itself: where no baseline pod has
+/// changed at all, a single step of the canary's is not yet a leak.
 fn slope(gauge: &Compared<'_>, sums: &GaugeSums, ticks: i64) -> Option<(f64, f64)> {
     // The slope of a pod that is half as old errs by a multiple of the others': their variance would not hold for it.
     let enough = SAMPLES.max(0.5 * ticks as f64);
-    let slopes = |arm: usize| -> Vec<f64> {
+    // Each with its variance by the residuals, if the samples were independent.
+    let slopes = |arm: usize| -> Vec<(f64, f64)> {
         let pods = sums.pods[arm].values().filter(|pod| !pod.signed && pod.n >= enough);
         pods.filter_map(|pod| {
             let (across, along) = (pod.tt - pod.t * pod.t / pod.n, pod.ty - pod.t * pod.y / pod.n);
-            (across > 0.0).then(|| along / across)
+            let rest = (pod.yy - pod.y * pod.y / pod.n - along * along / across).max(0.0);
+            (across > 0.0).then(|| (along / across, rest / (pod.n - 2.0) / across))
         })
         .collect()
     };
@@ -284,15 +319,16 @@ fn slope(gauge: &Compared<'_>, sums: &GaugeSums, ticks: i64) -> Option<(f64, f64
     if canary.is_empty() || baseline.len() < SLOPE_PODS {
         return None;
     }
-    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
-    let df = baseline.len() as f64 - 1.0;
-    let middle = mean(&baseline);
-    let variance = baseline.iter().map(|slope| (slope - middle).powi(2)).sum::<f64>() / df;
-    let error = (variance * (1.0 / canary.len() as f64 + 1.0 / baseline.len() as f64)).sqrt();
-    let difference = match gauge.direction {
-        Direction::LowerIsBetter => mean(&canary) - middle,
-        Direction::HigherIsBetter => middle - mean(&canary),
+    let mean = |slopes: &[(f64, f64)]| {
+        let (slope, own) = slopes.iter().fold((0.0, 0.0), |(a, b), (slope, own)| (a + slope, b + own));
+        (slope / slopes.len() as f64, own / slopes.len() as f64)
     };
+    let df = baseline.len() as f64 - 1.0;
+    let ((ours, own), (middle, _)) = (mean(&canary), mean(&baseline));
+    let between = baseline.iter().map(|(slope, _)| (slope - middle).powi(2)).sum::<f64>() / df;
+    let variance = between.max(HANG_TOGETHER * own);
+    let error = (variance * (1.0 / canary.len() as f64 + 1.0 / baseline.len() as f64)).sqrt();
+    let difference = for_the_worse(gauge, ours - middle);
     Some(((difference - SLOPE_TOLERANCE) / error.max(f64::MIN_POSITIVE), df))
 }
 
@@ -342,7 +378,7 @@ pub(super) fn find(gauge: &Compared<'_>, evidence: &Evidence) -> Finding {
         // error is itself an estimate, which matters the more the fewer the degrees of freedom.
         let spread = (1.0 + quantile * quantile / (2.0 * level.df)).sqrt();
         let away = quantile * (1.0 - 0.25 / level.df) + EIGHTY * spread;
-        let beyond = tolerated(gauge, level) + away * error(level);
+        let beyond = for_the_worse(gauge, tolerated(gauge, level) + away * error(level));
         let ratio = if level.plain { 1.0 + beyond / level.means[BASELINE].abs() } else { beyond.exp() };
         ratio.is_finite().then_some(ratio)
     });
@@ -354,9 +390,13 @@ pub(super) fn find(gauge: &Compared<'_>, evidence: &Evidence) -> Finding {
         baseline,
         change: level.as_ref().and_then(|level| change(level, seen.sums.as_deref()?)),
         log_evidence: Some(seen.peak),
-        tolerated: Some(1.0 + gauge.tolerance),
+        tolerated: Some(match level.as_ref().is_some_and(|level| level.plain) {
+            true => 1.0 + for_the_worse(gauge, gauge.tolerance),
+            false => for_the_worse(gauge, gauge.tolerance.ln_1p()).exp(),
+        }),
         detectable,
-        doubling_ticks: detectable.filter(|ratio| *ratio <= 2.0).map(|_| FIRST_LOOK as f64),
+        // Of what had better be high, twice as much is no harm.
+        doubling_ticks: detectable.filter(|ratio| (1.0..=2.0).contains(ratio)).map(|_| FIRST_LOOK as f64),
     }
 }
 
@@ -366,7 +406,7 @@ fn change(level: &Level, sums: &GaugeSums) -> Option<crate::api::Change> {
     let canary: Vec<f64> = sums.pods[CANARY]
         .values()
         .filter(|pod| pod.n >= SAMPLES)
-        .map(|pod| if level.plain { pod.plain } else { pod.y } / pod.n)
+        .map(|pod| moments(pod, level.plain).0)
         .collect();
     let squares: f64 = canary.iter().map(|value| (value - level.means[CANARY]).powi(2)).sum();
     let df = level.df + level.pods[CANARY] - 1.0;

@@ -376,6 +376,12 @@ impl Trial {
         })
     }
 
+    /// For how many seconds a sample stands for its pod, where the queries do not tell its time: two intervals, so that one sample
+    /// before an outage is not taken for many. Counters need none: when they were last sampled is asked for.
+    pub fn lookback(&self) -> Option<i64> {
+        matches!(self.kpi.test, Test::Gauge { .. } | Test::Threshold { .. }).then_some(2 * self.step.max(1))
+    }
+
     /// Folds the answers to [`Self::queries`], asked for the ticks `from` to `until`, into the evidence.
     ///
     /// `from` is the base of the first difference and is not judged itself; ticks that the evidence already holds or that are before its
@@ -416,8 +422,24 @@ impl Trial {
             (Test::Latency { .. }, Some(baseline), &[buckets, times]) => {
                 let bounds = self.preflight.iter().flat_map(|preflight| &preflight.bounds);
                 let bounds: Vec<f64> = bounds.filter_map(|text| text.parse().ok()).collect();
-                let counters = counters::Counters { counted: &counters::above(buckets, &bounds), times };
-                share::fold(self, baseline, evidence, &counters, false, grid)
+                let (counted, lacking) = counters::above(buckets, &bounds);
+                let counters = counters::Counters { counted: &counted, times };
+                let (evidence, health) = share::fold(self, baseline, evidence, &counters, false, grid);
+                let there =
+                    |series: &&&Series| series.points.last().is_some_and(|(time, _)| *time == grid.last());
+                let health = match lacking.iter().find(there) {
+                    Some(Series { pod, .. }) => AnswerHealth::Malformed(format!(
+                        "pod {pod} has a histogram without the bucket that slow was told by before ({} s): give every pod the same \
+                         buckets, or narrow the selector to histograms that have them, in {}",
+                        self.preflight
+                            .as_ref()
+                            .map(|preflight| preflight.bounds.join(" s and "))
+                            .unwrap_or_default(),
+                        self.queries().first().map(|query| quote(query)).unwrap_or_default(),
+                    )),
+                    None => health,
+                };
+                (evidence, health)
             }
             (Test::Gauge { .. }, Some(baseline), &[values]) => match self.gauge(baseline) {
                 Some(gauge) => gauge::fold(&gauge, evidence, values, grid),

@@ -7,7 +7,7 @@ use crate::api::{Change, Counts, StageChange, Track};
 use super::eprocess::mixture_cost;
 
 /// Quantile of the normal distribution for a probability of 80 %.
-const EIGHTY: f64 = 0.8416;
+pub(super) const EIGHTY: f64 = 0.8416;
 
 /// Quantile of the normal distribution for a two-sided interval of 95 %.
 const NINETY_FIVE: f64 = 1.96;
@@ -121,9 +121,9 @@ pub fn pooled(stages: &[StageChange]) -> Option<Change> {
     let (mut weights, mut sum) = (0.0, 0.0);
     for StageChange { change, .. } in stages.iter().filter(|stage| stage.track == track) {
         let error = (change.high.ln_1p() - change.low.ln_1p()) / (2.0 * NINETY_FIVE);
+        let weight = 1.0 / error.powi(2);
         // An interval without length, or one that reaches to nothing at all, has no weight of its own.
-        let weight = 1.0 / error.max(1e-6).powi(2);
-        if weight.is_finite() && change.estimate.ln_1p().is_finite() {
+        if error > 0.0 && weight.is_normal() && change.estimate.ln_1p().is_finite() {
             weights += weight;
             sum += weight * change.estimate.ln_1p();
         }

@@ -3,12 +3,15 @@
 //!
 //! Without it, different pods look like a regression: two arms of unlike pods do not have the same rate, however healthy.
 
+use std::collections::BTreeMap;
+
 use crate::api::{Counts, Evidence, Preflight, Track};
 
 use super::{
     Answer, AnswerHealth, Grid, Kpi, Series, Test, Tick,
     counters::{self, Counted, Counter, increases, is_count},
     query,
+    samples::Bucket,
 };
 
 /// Standard deviation of the logarithm of a share between pods that do the same work, where nothing could be learned: the cautious
@@ -17,7 +20,7 @@ pub const CAUTIOUS: f64 = 0.5;
 /// The other end of the range: what is learned from a few minutes is never taken to be less.
 pub const LEAST: f64 = 0.085;
 /// The least spread of a gauge on the log scale, and as a share of its mean on the plain one.
-const LEAST_GAUGE: f64 = 0.05;
+pub(super) const LEAST_GAUGE: f64 = 0.05;
 
 /// Blocks into which the span is divided; each is one measurement of each pod.
 const BLOCKS: i64 = 10;
@@ -117,7 +120,7 @@ impl Lesson {
                     return Ok(None);
                 };
                 let values: Vec<f64> = bounds.iter().filter_map(|text| text.parse().ok()).collect();
-                let blocks = Blocks::of(&counters::above(buckets, &values), bounds.len(), grid);
+                let blocks = Blocks::of(&counters::above(buckets, &values).0, bounds.len(), grid);
                 let learned: Vec<_> = (0..bounds.len()).map(|kind| blocks.spread(kind)).collect();
                 let pods = learned.iter().map(|(pods, _)| *pods).min().unwrap_or_default();
                 let spread = learned.into_iter().map(|(_, spread)| spread).collect();
@@ -239,19 +242,36 @@ impl Blocks {
 /// exceeded that often, the least bound there is. Where both are the same, since the buckets are wide, the next larger bound is the
 /// upper one: what is above it is rare, and shows what the lower one cannot where most requests exceed that.
 fn bounds(buckets: &[Series], grid: Grid) -> Option<(Vec<String>, bool)> {
-    let mut counted: Vec<(f64, &str, f64)> = vec![];
+    // By histogram: its buckets by rising bound, each with its increase.
+    let mut histograms: BTreeMap<&str, Vec<(&Bucket, f64)>> = BTreeMap::new();
     for series in buckets {
         let Some(bucket) = &series.bucket else { continue };
         // Over the whole span, of pods of any age: the choice of a bound needs no spread.
         let mut sum = 0.0;
         let up = vec![false; grid.len()];
         increases(series.points.iter().copied(), &up, grid, |_, increase| sum += increase);
-        match counted.iter_mut().find(|(le, ..)| *le == bucket.le) {
-            Some((.., count)) => *count += sum,
-            None => counted.push((bucket.le, &bucket.text, sum)),
-        }
+        histograms.entry(&bucket.histogram).or_default().push((bucket, sum));
     }
-    counted.sort_by(|(a, ..), (b, ..)| a.total_cmp(b));
+    let mut known: Vec<&Bucket> = vec![];
+    for own in histograms.values_mut() {
+        own.sort_by(|(a, _), (b, _)| a.le.total_cmp(&b.le));
+        known.extend(own.iter().map(|(bucket, _)| *bucket));
+    }
+    known.sort_by(|a, b| a.le.total_cmp(&b.le));
+    // A native histogram has a bucket only where it has values; a classic one counts only where it has that of the bound.
+    let owners = known.chunk_by(|a, b| a.le == b.le);
+    let shared = |same: &&[&Bucket]| same[0].native || same.len() == histograms.len();
+    let common: Vec<&Bucket> = owners.clone().filter(shared).map(|same| same[0]).collect();
+    let known = if common.len() > 1 { common } else { owners.map(|same| same[0]).collect() };
+    // What lies up to a bound, in each histogram by the largest of its own buckets up to there.
+    let up_to = |le: f64| -> f64 {
+        let own = |own: &Vec<(&Bucket, f64)>| {
+            own.iter().rev().find(|(bucket, _)| bucket.le <= le).map(|(_, sum)| *sum)
+        };
+        histograms.values().filter_map(own).sum()
+    };
+    let mut counted: Vec<(f64, &str, f64)> =
+        known.into_iter().map(|bucket| (bucket.le, bucket.text.as_str(), up_to(bucket.le))).collect();
     let (_, _, all) = *counted.last().filter(|(le, _, all)| *le == f64::INFINITY && *all > 0.0)?;
     counted.pop();
     let exceeded = |share: f64| {
@@ -293,7 +313,7 @@ fn gauge_spread(values: &[Series], grid: Grid) -> (i32, Vec<f64>) {
         (mean, (squares / (values.len() as f64 - 1.0)).sqrt())
     };
     let logs: Option<Vec<f64>> = means.iter().map(|(log, _)| *log).collect();
-    let log = logs.map_or(LEAST_GAUGE, |logs| deviation(&logs).1.max(LEAST_GAUGE));
+    let log = logs.map_or(CAUTIOUS, |logs| deviation(&logs).1.max(LEAST_GAUGE));
     let (mean, plain) = deviation(&means.iter().map(|(_, plain)| *plain).collect::<Vec<_>>());
     let plain = plain.max(LEAST_GAUGE * mean.abs());
     (i32::try_from(means.len()).unwrap_or(i32::MAX), vec![super::rounded(log), super::rounded(plain)])
