@@ -116,7 +116,8 @@ def gauge_change(case):
     """The 95 % interval of the relative change: the pooled two-sample t, with the pre-flight's variance as further data."""
     c, b, plain, variance, df, _ = level(case, *seen(case, fresh(case)))
     all_df = df + len(c) - 1
-    if case["preflightPods"] < 2 and len(c) > 1 and len(b) > 1:
+    # Where the variance is the baseline's own, it is the plain two-sample test.
+    if case["preflightPods"] < 2 and len(c) > 1 and len(b) > 1 and math.isclose(variance, b.var(ddof=1)):
         interval = stats.ttest_ind(c, b, equal_var=True).confidence_interval(0.95)
         low, high = interval.low, interval.high
     else:
