@@ -29,8 +29,12 @@ use wiremock::{Mock, MockServer, Request, Respond, ResponseTemplate, matchers};
 
 const STEP: i64 = 15;
 const FROM: i64 = 1_700_000_010;
-const PODS: [&str; 4] =
-    ["experts-canary-5d-a", "experts-canary-5d-b", "experts-baseline-7f-a", "experts-baseline-7f-b"];
+const PODS: [&str; 4] = [
+    "experts-canary-5d9c7-bbb24",
+    "experts-canary-5d9c7-bbb25",
+    "experts-baseline-7f4c8-bbb24",
+    "experts-baseline-7f4c8-bbb25",
+];
 
 fn data(name: &str) -> Vec<u8> {
     std::fs::read(path(name)).unwrap()
@@ -55,10 +59,10 @@ fn by_hand() -> Value {
             "from": 0,
             "until": 30,
             "queries": [
-                {"series": [{"pod": "experts-canary-a-1", "samples": [[0, 0], [15, 2], [30, 5]]}]},
+                {"series": [{"pod": "experts-canary-5d9c7-bbb24", "samples": [[0, 0], [15, 2], [30, 5]]}]},
                 {"series": [
-                    {"pod": "experts-canary-a-1", "samples": [[0, 0], [15, 100], [30, 200]]},
-                    {"pod": "experts-baseline-a-1", "samples": [[0, 0], [15, 100], [30, 200]]}
+                    {"pod": "experts-canary-5d9c7-bbb24", "samples": [[0, 0], [15, 100], [30, 200]]},
+                    {"pod": "experts-baseline-5d9c7-bbb24", "samples": [[0, 0], [15, 100], [30, 200]]}
                 ]}
             ]
         }]
@@ -170,7 +174,11 @@ fn hostile_data_sets_are_refused_with_the_place_and_the_remedy() {
             json!([0, 1]),
             &["samples[1]", "not later than the one before"],
         ),
-        ("/kpis/0/queries/1/series/1/pod", json!("experts-canary-a-1"), &["[1]", "there twice", "labels"]),
+        (
+            "/kpis/0/queries/1/series/1/pod",
+            json!("experts-canary-5d9c7-bbb24"),
+            &["[1]", "there twice", "labels"],
+        ),
         ("/kpis/0/queries/1/series/1/le", json!("wide"), &["le must be a number or +Inf"]),
         (
             "/kpis/0/queries/1/series/1/pods",
@@ -383,9 +391,9 @@ impl Respond for Store {
         let mut result = vec![];
         for deployment in deployments.split('|') {
             for (pod, metric) in
-                ["a", "b"].iter().flat_map(|pod| metrics.iter().map(move |metric| (pod, metric)))
+                ["bbb24", "bbb25"].iter().flat_map(|pod| metrics.iter().map(move |metric| (pod, metric)))
             {
-                let pod = format!("{deployment}-5d-{pod}");
+                let pod = format!("{deployment}-5d9c7-{pod}");
                 let value = |time: i64| match query.starts_with("timestamp") {
                     true => time as f64 - 1.0,
                     false => Self::value(metric, &pod, time),

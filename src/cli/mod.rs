@@ -21,10 +21,10 @@
 //!     "from": 0,
 //!     "until": 30,
 //!     "queries": [
-//!       {"series": [{"pod": "experts-canary-a-1", "samples": [[0, 0], [15, 2], [30, 5]]}]},
+//!       {"series": [{"pod": "experts-canary-5d9c7-bbb24", "samples": [[0, 0], [15, 2], [30, 5]]}]},
 //!       {"series": [
-//!         {"pod": "experts-canary-a-1", "samples": [[0, 0], [15, 100], [30, 200]]},
-//!         {"pod": "experts-baseline-a-1", "samples": [[0, 0], [15, 100], [30, 200]]}
+//!         {"pod": "experts-canary-5d9c7-bbb24", "samples": [[0, 0], [15, 100], [30, 200]]},
+//!         {"pod": "experts-baseline-5d9c7-bbb24", "samples": [[0, 0], [15, 100], [30, 200]]}
 //!       ]}
 //!     ]
 //!   }]
@@ -39,7 +39,7 @@
 //! | `stages`, `falseRollbackProbability` | what alpha is spent over, and how much | 1, 0.01 |
 //! | `step` | spacing of the grid in seconds | |
 //! | `bake` | ticks of the bake; gauges look at its end, and `detectable` counts on it | those of the KPI |
-//! | `arms` | `namespace`; `canary` and `baseline`, each with `deployment` and `pods`. A pod belongs to the arm whose deployment its name begins with, followed by `-` letters or digits `-` letters or digits | no baseline |
+//! | `arms` | `namespace`; `canary` and `baseline`, each with `deployment` and `pods`. A pod belongs to the arm whose deployment its name begins with, followed by `-`, a hash of up to ten, `-` and a suffix of five letters and digits (`24-9b-df-hj-np-tv-xz`, as Kubernetes names pods) | no baseline |
 //! | `kpis[].definition`, `.owner` | the KPI as in the custom resource, and the optimization that it stands under | shared |
 //! | `kpis[].warmUp` | seconds for which a pod that begins in mid-stage is left out of a latency | 0 |
 //! | `kpis[].alarmAt` | log evidence at which it alarms | ln(1/alpha), computed from the KPIs, `stages`, `falseRollbackProbability`, `attempt` |

@@ -167,6 +167,12 @@ impl Tail {
     }
 }
 
+/// A pod's own suffix: five of the letters and digits that Kubernetes uses.
+fn suffix(serial: u32) -> String {
+    const SAFE: &[u8; 27] = b"2456789bcdfghjklmnpqrstvwxz";
+    (0..5).rev().map(|place| char::from(SAFE[serial as usize / 27usize.pow(place) % 27])).collect()
+}
+
 /// One step of an AR(1) with a stationary standard deviation.
 fn wandered(rng: &mut Rng, value: f64, memory: f64, sd: f64) -> f64 {
     memory * value + sd * (1.0 - memory * memory).sqrt() * rng.normal()
@@ -210,7 +216,7 @@ impl<'a> Traffic<'a> {
         let sd = if heavy { [0.3, 0.20, 0.06, 0.10] } else { [0.1, 0.10, 0.03, 0.05] };
         let (errors, latency) = if heavy { (0.50, 0.10) } else { (0.20, 0.05) };
         Pod {
-            name: format!("{}-7c9d5b8f64-p{:04}", self.names[arm], self.serial),
+            name: format!("{}-7c9d5b8f64-{}", self.names[arm], suffix(self.serial)),
             now: None,
             before: None,
             age: SLOT as f64 * rng.f64(),

@@ -8,7 +8,7 @@ import random
 
 STEP, TICKS, START = 15, 40, 1_700_000_010
 HERE = os.path.dirname(__file__)
-CANARY, BASELINE = ["experts-canary-5d-a", "experts-canary-5d-b"], ["experts-baseline-7f-a", "experts-baseline-7f-b"]
+CANARY, BASELINE = ["experts-canary-5d9c7-bbb24", "experts-canary-5d9c7-bbb25"], ["experts-baseline-7f4c8-bbb24", "experts-baseline-7f4c8-bbb25"]
 
 
 def counters(pods, increments):

@@ -9,7 +9,7 @@ use synthex_operator::{
     },
 };
 
-use super::{STEP, arms, counter, kpi, labelled, ratio, some, threshold, times, trial};
+use super::{STEP, arms, counter, kpi, labelled, ratio, some, suffix, threshold, times, trial};
 
 const BOUNDS: [&str; 4] = ["0.1", "0.25", "1.0", "+Inf"];
 
@@ -67,7 +67,8 @@ fn latency_answers(samples: &[Series]) -> [Answer; 2] {
 /// One row per tick for canary and baseline, the same at each tick, and a base of zeros.
 fn steady(canary: [u64; 4], baseline: [u64; 4], ticks: usize) -> Samples {
     let rows = |row: [u64; 4]| [vec![[0; 4]], vec![row; ticks]].concat();
-    [histogram("x-baseline-a-1", &rows(baseline)), histogram("x-canary-a-1", &rows(canary))].concat()
+    [histogram("x-baseline-5d9c7-bbb24", &rows(baseline)), histogram("x-canary-5d9c7-bbb24", &rows(canary))]
+        .concat()
 }
 
 #[test]
@@ -139,8 +140,11 @@ fn a_pod_that_restarts_in_mid_stage_is_cold_for_a_warm_up() {
 
 #[test]
 fn what_is_no_histogram_is_no_latency_and_the_other_way_round() {
-    let plain = [counter("x-baseline-a-1", &some(&[0.0, 1.0])), counter("x-canary-a-1", &some(&[0.0, 1.0]))];
-    let labels = [("pod".to_owned(), "x-canary-a-1".to_owned())].into();
+    let plain = [
+        counter("x-baseline-5d9c7-bbb24", &some(&[0.0, 1.0])),
+        counter("x-canary-5d9c7-bbb24", &some(&[0.0, 1.0])),
+    ];
+    let labels = [("pod".to_owned(), "x-canary-5d9c7-bbb24".to_owned())].into();
     let native = Series::of_native(&labels, &[(0, 1.0, vec![(0.5, 1.0)]), (STEP, 2.0, vec![(0.5, 2.0)])]);
     for (trial, answers, expected) in [
         (
@@ -181,7 +185,11 @@ fn a_histogram_without_the_frozen_bucket_is_not_judged() {
         let (evidence, health) = trial.fold(beginning(0), &latency_answers(&samples), 0, 8 * STEP);
         let status = trial.judge(&evidence, &health);
         assert_eq!((status.verdict, status.reason), (Verdict::TelemetryDown, Cause::Malformed), "{lacks}");
-        assert!(status.message.contains("pod x-canary-a-1 has a histogram without"), "{}", status.message);
+        assert!(
+            status.message.contains("pod x-canary-5d9c7-bbb24 has a histogram without"),
+            "{}",
+            status.message
+        );
         assert_eq!(evidence.shares[0].canary, Counts::default());
     }
 }
@@ -189,7 +197,7 @@ fn a_histogram_without_the_frozen_bucket_is_not_judged() {
 #[test]
 fn the_bounds_of_native_histograms_count_every_pod() {
     let pod = |number: usize| {
-        let labels = [("pod".to_owned(), format!("x-baseline-a-{number}"))].into();
+        let labels = [("pod".to_owned(), format!("x-baseline-5d9c7-{}", suffix(number)))].into();
         let sample = |block: i64| {
             let n = block as f64;
             let mut buckets = vec![(0.1, 900.0 * n), (0.25, 80.0 * n), (1.0, 20.0 * n)];
@@ -214,7 +222,8 @@ fn a_zero_in_the_past_teaches_nothing_of_logarithms() {
     let pod = |number: usize| {
         let mut values = vec![100.0 + number as f64; 11];
         values[4] = if number == 0 { 0.0 } else { values[4] };
-        let mut series = labelled(&[("pod", &format!("x-baseline-a-{number}"))], &some(&values));
+        let mut series =
+            labelled(&[("pod", &format!("x-baseline-5d9c7-{}", suffix(number)))], &some(&values));
         series.points.iter_mut().for_each(|point| point.0 *= 60 / STEP);
         series
     };
@@ -237,7 +246,7 @@ fn a_native_histogram_is_judged_as_a_classic_one() {
         };
         Series::of_native(&labels, &(0..=8).map(sample).collect::<Vec<_>>())
     };
-    let samples = [pod("x-baseline-a-1", 5.0), pod("x-canary-a-1", 40.0)].concat();
+    let samples = [pod("x-baseline-5d9c7-bbb24", 5.0), pod("x-canary-5d9c7-bbb24", 40.0)].concat();
     let times = times(&inf(&samples), 1.0);
     let answers = [Answer::Series(samples), Answer::Series(times)];
     let (evidence, health) = trial.fold(beginning(0), &answers, 0, 8 * STEP);
@@ -253,8 +262,10 @@ fn bounds_and_spread_are_learned_from_running_pods() {
     assert_eq!((lesson(latency()).from(), lesson(latency()).block), (0, 60));
     let samples = |rows: [u64; 4], pods: usize| -> Samples {
         let pod = |number| {
-            let mut samples =
-                histogram(&format!("x-baseline-a-{number}"), &[vec![[0; 4]], vec![rows; 10]].concat());
+            let mut samples = histogram(
+                &format!("x-baseline-5d9c7-{}", suffix(number)),
+                &[vec![[0; 4]], vec![rows; 10]].concat(),
+            );
             for series in &mut samples {
                 for (index, point) in series.points.iter_mut().enumerate() {
                     point.0 = index as Tick * 60;
@@ -297,7 +308,7 @@ fn bounds_and_spread_are_learned_from_running_pods() {
 /// Counters of pods over ten blocks of a minute: errors per block of each pod, of 10,000 requests.
 fn blocks(pods: &[Vec<u64>]) -> [Answer; 2] {
     let series = |number: usize, values: Vec<f64>| {
-        let mut series = counter(&format!("x-baseline-a-{number}"), &some(&values));
+        let mut series = counter(&format!("x-baseline-5d9c7-{}", suffix(number)), &some(&values));
         for (index, point) in series.points.iter_mut().enumerate() {
             point.0 = index as Tick * 60;
         }
@@ -394,7 +405,11 @@ fn values(pods: &[(&str, Vec<f64>)]) -> Answer {
 fn level(canary: &[f64], baseline: &[f64], ticks: usize) -> Answer {
     let wave = |level: f64| (0..ticks).map(|tick| level * (1.0 + 0.01 * (tick as f64).sin())).collect();
     let names = |arm: &str, levels: &[f64]| -> Vec<(String, Vec<f64>)> {
-        levels.iter().enumerate().map(|(n, level)| (format!("x-{arm}-a-{n}"), wave(*level))).collect()
+        levels
+            .iter()
+            .enumerate()
+            .map(|(n, level)| (format!("x-{arm}-5d9c7-{}", suffix(n)), wave(*level)))
+            .collect()
     };
     let pods = [names("canary", canary), names("baseline", baseline)].concat();
     values(&pods.iter().map(|(name, values)| (name.as_str(), values.clone())).collect::<Vec<_>>())
@@ -511,8 +526,8 @@ fn a_leak_is_found_by_its_slope_though_the_levels_are_equal() {
         let mut pods = vec![];
         for number in 0..5 {
             // The leaking pods begin lower, so that their means are no higher.
-            pods.push((format!("x-canary-a-{number}"), leaking(85.0, growth, number)));
-            pods.push((format!("x-baseline-a-{number}"), leaking(100.0, 0.02, number + 10)));
+            pods.push((format!("x-canary-5d9c7-{}", suffix(number)), leaking(85.0, growth, number)));
+            pods.push((format!("x-baseline-5d9c7-{}", suffix(number)), leaking(100.0, 0.02, number + 10)));
         }
         let pods: Vec<_> = pods.iter().map(|(name, values)| (name.as_str(), values.clone())).collect();
         let trial = with(gauge(Direction::LowerIsBetter), arms(5, 5), learned(8, &[0.05, 5.0], &[]));
@@ -538,13 +553,15 @@ fn pods_that_all_show_one_number_are_no_proof_that_another_never_comes() {
         ("five times as many threads", step(0, 8, 8.0, 40.0), 8.0, 9, true),
     ] {
         let ticks = canary.len();
-        let names: Vec<_> = (0..pods).map(|number| format!("x-baseline-a-{number}")).collect();
-        let mut series = vec![("x-canary-a-0", canary)];
+        let names: Vec<_> = (0..pods).map(|number| format!("x-baseline-5d9c7-{}", suffix(number))).collect();
+        let mut series = vec![("x-canary-5d9c7-bbb22", canary)];
         series.extend(names.iter().map(|name| (name.as_str(), vec![base; ticks])));
         let preflight = learned(9, &[CAUTIOUS, 0.0], &[]);
         let preflight = if base > 0.0 { learned(9, &[0.05, 0.05 * base], &[]) } else { preflight };
-        let trial =
-            Trial { bake: ticks as i64, ..with(gauge(Direction::LowerIsBetter), arms(1, pods), preflight) };
+        let trial = Trial {
+            bake: ticks as i64,
+            ..with(gauge(Direction::LowerIsBetter), arms(1, pods as i32), preflight)
+        };
         let (evidence, health) = trial.fold(beginning(0), &[values(&series)], 0, ticks as i64 * STEP);
         let status = trial.judge(&evidence, &health);
         assert_eq!(status.verdict == Verdict::Fail, fails, "{name}: {}", status.message);
@@ -565,8 +582,8 @@ fn a_tick_whose_values_cannot_be_told_apart_is_passed_over() {
     let trial = with(gauge(Direction::LowerIsBetter), arms(2, 2), learned(8, &[0.05, 5.0], &[]));
     let Answer::Series(mut samples) = level(&[160.0, 150.0], &[100.0, 104.0], 8) else { unreachable!() };
     // One pod's container starts anew at tick 3 under another label, and its old series is given once more.
-    let mut old = labelled(&[("pod", "x-canary-a-0"), ("id", "old")], &some(&[160.0; 4]));
-    let new = samples.iter_mut().find(|series| series.pod == "x-canary-a-0").unwrap();
+    let mut old = labelled(&[("pod", "x-canary-5d9c7-bbb22"), ("id", "old")], &some(&[160.0; 4]));
+    let new = samples.iter_mut().find(|series| series.pod == "x-canary-5d9c7-bbb22").unwrap();
     old.points.retain(|(time, _)| *time <= 3 * STEP);
     new.points.retain(|(time, _)| *time >= 3 * STEP);
     samples.push(old);
@@ -588,7 +605,7 @@ fn a_tick_whose_values_cannot_be_told_apart_is_passed_over() {
 fn odd_values_of_a_gauge_have_a_name() {
     let nan = f64::NAN;
     let eight = learned(8, &[0.05, 5.0], &[]);
-    let (canary, baseline) = ("x-canary-a-1", "x-baseline-a-1");
+    let (canary, baseline) = ("x-canary-5d9c7-bbb24", "x-baseline-5d9c7-bbb24");
     let fine = vec![1.0; 8];
     let twice = Answer::Series(vec![
         labelled(&[("pod", canary), ("core", "0")], &some(&[1.0; 9])),
@@ -753,7 +770,7 @@ proptest! {
         rows in prop::collection::vec(prop::array::uniform4(0u64..50), 24),
         cuts in prop::collection::btree_set(1i64..12, 0..11),
     ) {
-        let names = ["x-canary-a-1", "x-canary-a-2", "x-baseline-a-1", "x-baseline-a-2"];
+        let names = ["x-canary-5d9c7-bbb24", "x-canary-5d9c7-bbb25", "x-baseline-5d9c7-bbb24", "x-baseline-5d9c7-bbb25"];
         let pods: Vec<_> = names.iter().zip(&levels).map(|(name, values)| (*name, values.clone())).collect();
         let gauges = [values(&pods)];
         let histograms = [

@@ -76,6 +76,12 @@ fn counter(pod: &str, values: &[Option<f64>]) -> Series {
     labelled(&[("pod", pod), ("instance", &format!("{pod}:9090")), ("job", "pods")], values)
 }
 
+/// A pod's own suffix: five of the letters and digits that Kubernetes uses.
+fn suffix(number: usize) -> String {
+    const SAFE: &[u8; 27] = b"2456789bcdfghjklmnpqrstvwxz";
+    format!("bbb{}{}", char::from(SAFE[number / 27]), char::from(SAFE[number % 27]))
+}
+
 fn labelled(labels: &[(&str, &str)], values: &[Option<f64>]) -> Series {
     let labels: BTreeMap<_, _> =
         labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
@@ -131,8 +137,8 @@ fn grown(rows: &[[u64; 4]]) -> (Samples, Samples) {
         std::iter::once(Some(0.0)).chain(rest).collect()
     };
     (
-        vec![counter("x-baseline-a-1", &sum(2)), counter("x-canary-a-1", &sum(0))],
-        vec![counter("x-baseline-a-1", &sum(3)), counter("x-canary-a-1", &sum(1))],
+        vec![counter("x-baseline-5d9c7-bbb24", &sum(2)), counter("x-canary-5d9c7-bbb24", &sum(0))],
+        vec![counter("x-baseline-5d9c7-bbb24", &sum(3)), counter("x-canary-5d9c7-bbb24", &sum(1))],
     )
 }
 
@@ -224,11 +230,12 @@ fn the_edge_of_a_burst_is_no_harm() {
     };
     let peak = |canary: [u64; 6]| {
         let errors = [
-            counter("x-canary-a-1", &rates(canary)),
-            counter("x-baseline-a-1", &rates([0, 50, 50, 300, 1000, 1000])),
+            counter("x-canary-5d9c7-bbb24", &rates(canary)),
+            counter("x-baseline-5d9c7-bbb24", &rates([0, 50, 50, 300, 1000, 1000])),
         ];
         let requests: Vec<_> = (0..6).map(|tick| Some(10_000.0 * f64::from(tick))).collect();
-        let total = [counter("x-canary-a-1", &requests), counter("x-baseline-a-1", &requests)];
+        let total =
+            [counter("x-canary-5d9c7-bbb24", &requests), counter("x-baseline-5d9c7-bbb24", &requests)];
         let trial = Trial { preflight: None, ..trial(ratio(1.25, 0.001), arms(10, 10)) };
         trial.fold(beginning(0), &answers(&errors, &total), 0, 5 * STEP).0.shares[0].peak
     };
@@ -263,7 +270,7 @@ fn few_pods_widen_the_tolerance() {
 #[test]
 fn a_pod_belongs_to_the_deployment_of_its_whole_name() {
     let arm = |deployment: &str| Arm { deployment: deployment.to_owned(), pods: 1 };
-    for pod in ["experts-5d9c7-x2x4z", "experts-a-b"] {
+    for pod in ["experts-5d9c7-x2x4z", "experts-76f6568854-rs4jx"] {
         assert!(arm("experts").owns(pod), "{pod}");
     }
     for pod in [
@@ -273,11 +280,16 @@ fn a_pod_belongs_to_the_deployment_of_its_whole_name() {
         "experts-",
         "experts--",
         "experts-5d9c7-",
-        "experts--x",
-        "experts-5D-x",
-        "experts-5d-x\n",
-        "my-experts-5d-x",
-        "expertsx-5d-x",
+        "experts--x2x4z",
+        "experts-5D9c7-x2x4z",
+        "experts-5d9c7-x2x4z\n",
+        "my-experts-5d9c7-x2x4z",
+        "expertsx-5d9c7-x2x4z",
+        // Of a StatefulSet, a DaemonSet and a Job whose names begin alike.
+        "experts-redis-0",
+        "experts-db-12",
+        "experts-agent-x7k2p",
+        "experts-migrate-29382-x7k2p",
         "",
     ] {
         assert!(!arm("experts").owns(pod), "{pod}");
@@ -288,7 +300,7 @@ fn a_pod_belongs_to_the_deployment_of_its_whole_name() {
 #[test]
 fn increases_are_counted_per_series() {
     let nan = f64::NAN;
-    let b = "x-baseline-a-1";
+    let b = "x-baseline-5d9c7-bbb24";
     let steady = some(&[0.0, 10.0, 20.0, 30.0]);
     let idle = some(&[0.0; 4]);
     // Name, errors of the canary, requests of the canary, and what is counted of them.
@@ -331,8 +343,8 @@ fn increases_are_counted_per_series() {
         ("no errors at all", vec![None; 4], steady.clone(), [0.0, 30.0]),
     ];
     for (name, errors, total, expected) in cases {
-        let errors = [counter(b, &idle), counter("x-canary-a-1", errors)];
-        let total = [counter(b, &steady), counter(b, &steady), counter("x-canary-a-1", total)];
+        let errors = [counter(b, &idle), counter("x-canary-5d9c7-bbb24", errors)];
+        let total = [counter(b, &steady), counter(b, &steady), counter("x-canary-5d9c7-bbb24", total)];
         let (evidence, _) = folded(&errors, &total[1..], 3);
         assert_eq!(evidence.last_tick, 3 * STEP);
         assert_eq!(counts(&evidence)[..2], *expected, "{name}");
@@ -345,12 +357,12 @@ fn pods_and_series_of_an_arm_are_summed_and_others_are_not() {
         labelled(&[("pod", pod), ("instance", pod), ("job", "j"), ("code", code)], &some(values))
     };
     let total = [
-        series("x-canary-a-1", "200", &[0.0, 10.0]),
-        series("x-canary-a-1", "500", &[0.0, 1.0]),
-        series("x-canary-a-2", "200", &[5.0, 25.0]),
-        series("x-baseline-a-1", "200", &[0.0, 7.0]),
-        series("x-5d-1", "200", &[0.0, 1000.0]),
-        series("x-canary-probe-a-1", "200", &[0.0, 1000.0]),
+        series("x-canary-5d9c7-bbb24", "200", &[0.0, 10.0]),
+        series("x-canary-5d9c7-bbb24", "500", &[0.0, 1.0]),
+        series("x-canary-5d9c7-bbb25", "200", &[5.0, 25.0]),
+        series("x-baseline-5d9c7-bbb24", "200", &[0.0, 7.0]),
+        series("x-5d9c7-bbb24", "200", &[0.0, 1000.0]),
+        series("x-canary-probe-5d9c7-bbb24", "200", &[0.0, 1000.0]),
     ];
     let (evidence, _) = folded(&[], &total, 1);
     assert_eq!(counts(&evidence), [0.0, 31.0, 0.0, 7.0]);
@@ -359,13 +371,13 @@ fn pods_and_series_of_an_arm_are_summed_and_others_are_not() {
 #[test]
 fn a_series_of_another_target_in_the_same_pod_is_a_base_at_first() {
     let series = |instance: &str, values: &[Option<f64>]| {
-        labelled(&[("pod", "x-canary-a-1"), ("instance", instance), ("job", "j")], values)
+        labelled(&[("pod", "x-canary-5d9c7-bbb24"), ("instance", instance), ("job", "j")], values)
     };
     let total = [
         series("1", &some(&[0.0, 10.0, 20.0])),
         // Its scrape failed at the base; what it has counted before is not of this tick.
         series("2", &[None, Some(1_000_000.0), Some(1_000_005.0)]),
-        counter("x-baseline-a-1", &some(&[0.0, 10.0, 20.0])),
+        counter("x-baseline-5d9c7-bbb24", &some(&[0.0, 10.0, 20.0])),
     ];
     let (evidence, _) = folded(&[], &total, 2);
     assert_eq!(counts(&evidence), [0.0, 25.0, 0.0, 20.0]);
@@ -469,8 +481,8 @@ fn a_checkpoint_that_does_not_fit_starts_afresh() {
 
 #[test]
 fn missing_series_are_no_data_and_say_which() {
-    let canary = counter("x-canary-a-1", &some(&[0.0, 10.0]));
-    let baseline = counter("x-baseline-a-1", &some(&[0.0, 10.0]));
+    let canary = counter("x-canary-5d9c7-bbb24", &some(&[0.0, 10.0]));
+    let baseline = counter("x-baseline-5d9c7-bbb24", &some(&[0.0, 10.0]));
     for (total, expected) in [
         (vec![], "neither the canary's nor the baseline's pods"),
         (vec![baseline], "the baseline's pods, but not the canary's"),
@@ -489,14 +501,16 @@ fn missing_series_are_no_data_and_say_which() {
 fn series_that_must_not_be_summed_are_refused_while_they_last() {
     let total = |odd: Series| {
         [
-            counter("x-baseline-a-1", &some(&[0.0, 10.0, 20.0, 30.0])),
-            counter("x-canary-a-1", &some(&[0.0, 10.0, 20.0, 30.0])),
+            counter("x-baseline-5d9c7-bbb24", &some(&[0.0, 10.0, 20.0, 30.0])),
+            counter("x-canary-5d9c7-bbb24", &some(&[0.0, 10.0, 20.0, 30.0])),
             odd,
         ]
     };
     let seen = some(&[0.0, 10.0]);
-    let twin =
-        labelled(&[("pod", "x-canary-a-1"), ("instance", "x-canary-a-1:9090"), ("job", "monitor")], &seen);
+    let twin = labelled(
+        &[("pod", "x-canary-5d9c7-bbb24"), ("instance", "x-canary-5d9c7-bbb24:9090"), ("job", "monitor")],
+        &seen,
+    );
     let podless = labelled(&[("instance", "1")], &seen);
     for (odd, expected) in
         [(twin, r#"scraped twice, by the jobs "monitor" and "pods""#), (podless, "without the label pod")]
@@ -892,7 +906,7 @@ fn generated(world: &World, ages: &[u32]) -> [Samples; 3] {
     let (mut errors, mut total, mut sampled) = (vec![], vec![], vec![]);
     for (number, (first, last, growth)) in world.iter().enumerate() {
         let arm = if number % 2 == 0 { "canary" } else { "baseline" };
-        let name = format!("x-{arm}-a-{number}");
+        let name = format!("x-{arm}-5d9c7-{}", suffix(number));
         let (mut e, mut n) = (0.0, 0.0);
         let (mut es, mut ns) = (vec![], vec![]);
         for (tick, (failed, fine, odd)) in growth.iter().enumerate() {

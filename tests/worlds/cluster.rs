@@ -503,7 +503,9 @@ impl Cluster {
         self.changed = true;
         let alphabet = b"bcdfghjklmnpqrstvwxz2456789";
         let suffix: String = (0..5).map(|_| char::from(self.rng.pick(alphabet))).collect();
-        let set = &template[..template.len().min(10)];
+        // As Kubernetes does, which wants no words in names.
+        let safe = |byte: u8| char::from(alphabet[usize::from(byte) % alphabet.len()]);
+        let set: String = template.bytes().take(10).map(safe).collect();
         let name = format!("{}-{set}-{suffix}", deployment.name);
         let start_at = now.max(self.full_until) + self.rng.range(1, 3);
         let mut own = Rng::new(self.seed ^ 0x77, self.next);

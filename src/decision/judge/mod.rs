@@ -249,15 +249,17 @@ impl Kpi {
 
 impl Arm {
     /// Whether a pod belongs to this arm: its name is the Deployment's, then the hash of the ReplicaSet, then the pod's own
-    /// suffix, and no more, so that `experts-canary-5d-x` is not taken for a pod of `experts`.
+    /// suffix of five, and no more, so that neither `experts-canary-5d9c7-x2x4z` is taken for a pod of `experts`, nor one of a
+    /// StatefulSet `experts-redis`. Kubernetes makes hash and suffix of these letters and digits only
+    /// (k8s.io/apimachinery/pkg/util/rand), so that they form no words.
     pub fn owns(&self, pod: &str) -> bool {
-        let part = |text: &str| {
-            !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
-        };
+        let safe = |text: &str| text.bytes().all(|byte| b"2456789bcdfghjklmnpqrstvwxz".contains(&byte));
         pod.strip_prefix(self.deployment.as_str())
             .and_then(|rest| rest.strip_prefix('-'))
             .and_then(|rest| rest.split_once('-'))
-            .is_some_and(|(replica_set, suffix)| part(replica_set) && part(suffix))
+            .is_some_and(|(hash, suffix)| {
+                (1..=10).contains(&hash.len()) && suffix.len() == 5 && safe(hash) && safe(suffix)
+            })
     }
 }
 

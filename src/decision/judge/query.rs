@@ -109,10 +109,13 @@ pub fn excerpt(text: &str) -> String {
         .collect()
 }
 
+/// What follows the name of a Deployment in that of its pods: `super::Arm::owns` as a regular expression.
+const HASH: &str = "[24-9b-df-hj-np-tv-xz]{1,10}-[24-9b-df-hj-np-tv-xz]{5}";
+
 /// Label matchers for the pods of the arms.
 fn matchers(namespace: &str, deployments: &[&str]) -> String {
     let deployments: Vec<String> = deployments.iter().map(|name| literal(name)).collect();
-    let pods = format!("({})-[a-z0-9]+-[a-z0-9]+", deployments.join("|"));
+    let pods = format!("({})-{HASH}", deployments.join("|"));
     format!("namespace={},pod=~{}", quoted(namespace), quoted(&pods))
 }
 
@@ -183,7 +186,7 @@ mod tests {
 
     #[test]
     fn one_query_serves_both_arms() {
-        let pods = r#"namespace="shop",pod=~"(experts-canary|experts-baseline)-[a-z0-9]+-[a-z0-9]+""#;
+        let pods = r#"namespace="shop",pod=~"(experts-canary|experts-baseline)-[24-9b-df-hj-np-tv-xz]{1,10}-[24-9b-df-hj-np-tv-xz]{5}""#;
         assert_eq!(
             trial(ratio(), "shop", "experts-canary", Some("experts-baseline")).queries(),
             [
@@ -199,7 +202,7 @@ mod tests {
 
     #[test]
     fn a_latency_reads_the_frozen_bounds_only() {
-        let pods = r#"namespace="shop",pod=~"(c|b)-[a-z0-9]+-[a-z0-9]+""#;
+        let pods = r#"namespace="shop",pod=~"(c|b)-[24-9b-df-hj-np-tv-xz]{1,10}-[24-9b-df-hj-np-tv-xz]{5}""#;
         let learned = |native| api::Preflight {
             kpi: "errors".to_owned(),
             track: api::Track::Production,
@@ -230,7 +233,7 @@ mod tests {
     fn a_threshold_reads_each_arm_apart_and_a_gauge_both() {
         let query = "max(a{$arm}) / max(b{$arm})".to_owned();
         let threshold = Test::Threshold { query, bound: Bound::Max(1.0), consecutive: 1 };
-        let pods = |arm: &str| format!(r#"namespace="shop",pod=~"({arm})-[a-z0-9]+-[a-z0-9]+""#);
+        let pods = |arm: &str| format!(r#"namespace="shop",pod=~"({arm})-{HASH}""#);
         let of = |arm: &str| format!("max(a{{{0}}}) / max(b{{{0}}})", pods(arm));
         assert_eq!(trial(threshold.clone(), "shop", "c", Some("b")).queries(), [of("c"), of("b")]);
         assert_eq!(trial(threshold, "shop", "c", None).queries(), [of("c")]);
@@ -249,7 +252,7 @@ mod tests {
         let expanded = &hostile.queries()[0];
         assert_eq!(
             expanded,
-            "http_errors_total{namespace=\"a\\\"} or up{x=\\\"\\\\\",pod=~\"(b\\\\.c\\\\|\\\\.\\\\*|d\\n\\\"\\\\$arm)-[a-z0-9]+-[a-z0-9]+\",code=~\"5..\"}"
+            "http_errors_total{namespace=\"a\\\"} or up{x=\\\"\\\\\",pod=~\"(b\\\\.c\\\\|\\\\.\\\\*|d\\n\\\"\\\\$arm)-[24-9b-df-hj-np-tv-xz]{1,10}-[24-9b-df-hj-np-tv-xz]{5}\",code=~\"5..\"}"
         );
     }
 
