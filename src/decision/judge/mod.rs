@@ -253,7 +253,10 @@ impl Arm {
     /// StatefulSet `experts-redis`. Kubernetes makes hash and suffix of these letters and digits only
     /// (k8s.io/apimachinery/pkg/util/rand), so that they form no words.
     pub fn owns(&self, pod: &str) -> bool {
-        let safe = |text: &str| text.bytes().all(|byte| b"2456789bcdfghjklmnpqrstvwxz".contains(&byte));
+        let digit = |byte| matches!(byte, b'2' | b'4'..=b'9');
+        let letter =
+            |byte| matches!(byte, b'b'..=b'd' | b'f'..=b'h' | b'j'..=b'n' | b'p'..=b't' | b'v'..=b'x' | b'z');
+        let safe = |text: &str| text.bytes().all(|byte| digit(byte) || letter(byte));
         pod.strip_prefix(self.deployment.as_str())
             .and_then(|rest| rest.strip_prefix('-'))
             .and_then(|rest| rest.split_once('-'))
