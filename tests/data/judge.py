@@ -68,10 +68,17 @@ def level(case, canary, baseline):
     s0 = case["spread"][1 if plain else 0] if d0 else 0.0
     df = d0 + len(b) - 1
     variance = (d0 * s0**2 + (len(b) - 1) * (b.var(ddof=1) if len(b) > 1 else 0.0)) / df if df else 0.0
-    # Never less than the least of any gauge, nor than the squared standard error of the mean of a canary pod.
-    own = [np.array([v if plain else math.log(v) for _, v in pod]) for pod in canary if len(pod) >= 4]
+    # Never less than the least of any gauge, nor than the squared standard error of the mean of a canary pod: about a straight line,
+    # where there are logarithms.
+    def sem(pod):
+        t, y = np.array([i for i, _ in pod]), np.array([v for _, v in pod])
+        if plain:
+            return stats.sem(y)
+        line = stats.linregress(t, np.log(y))
+        return math.sqrt(np.sum((np.log(y) - line.intercept - line.slope * t) ** 2) / (len(y) - 2) / len(y))
+
     least = 0.05 * (max(abs(c.mean()), abs(b.mean())) if plain else 1.0)
-    variance = max(variance, least**2, np.mean([stats.sem(values) ** 2 for values in own]))
+    variance = max(variance, least**2, np.mean([sem(pod) ** 2 for pod in canary if len(pod) >= 4]))
     return c, b, plain, variance, df, sign * (c.mean() - b.mean()) - tolerated
 
 

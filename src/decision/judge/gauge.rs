@@ -281,11 +281,29 @@ fn level(gauge: &Compared<'_>, sums: &GaugeSums, tick: Tick) -> Option<Level> {
     Some(Level { means, pods: [canary.len() as f64, baseline.len() as f64], variance, df, plain })
 }
 
-/// The mean of a pod's samples, and its variance if they were independent.
+/// The mean of a pod's samples, and its variance if they were independent but for a common rise: a pod that grows is no pod that varies.
 fn moments(pod: &PodSums, plain: bool) -> (f64, f64) {
-    let (sum, squares) = if plain { (pod.plain, pod.plain_squares) } else { (pod.y, pod.yy) };
-    let mean = sum / pod.n;
-    (mean, ((squares / pod.n - mean * mean) / (pod.n - 1.0).max(1.0)).max(0.0))
+    if plain {
+        let mean = pod.plain / pod.n;
+        return (mean, (pod.plain_squares / pod.n - mean * mean).max(0.0) / (pod.n - 1.0).max(1.0));
+    }
+    (pod.y / pod.n, line(pod).map_or(0.0, |line| line.rest / pod.n))
+}
+
+/// A straight line through the logarithms of a pod's samples.
+struct Line {
+    slope: f64,
+    /// Spread of the times about their mean.
+    across: f64,
+    /// Variance of the samples about the line.
+    rest: f64,
+}
+
+/// None where all samples are of one time.
+fn line(pod: &PodSums) -> Option<Line> {
+    let (across, along) = (pod.tt - pod.t * pod.t / pod.n, pod.ty - pod.t * pod.y / pod.n);
+    let rest = (pod.yy - pod.y * pod.y / pod.n - along * along / across).max(0.0) / (pod.n - 2.0).max(1.0);
+    (across > 0.0).then(|| Line { slope: along / across, across, rest })
 }
 
 /// The spread between pods that the pre-flight has learned, and its degrees of freedom: none where it has learned nothing.
@@ -308,12 +326,7 @@ fn slope(gauge: &Compared<'_>, sums: &GaugeSums, ticks: i64) -> Option<(f64, f64
     // Each with its variance by the residuals, if the samples were independent.
     let slopes = |arm: usize| -> Vec<(f64, f64)> {
         let pods = sums.pods[arm].values().filter(|pod| !pod.signed && pod.n >= enough);
-        pods.filter_map(|pod| {
-            let (across, along) = (pod.tt - pod.t * pod.t / pod.n, pod.ty - pod.t * pod.y / pod.n);
-            let rest = (pod.yy - pod.y * pod.y / pod.n - along * along / across).max(0.0);
-            (across > 0.0).then(|| (along / across, rest / (pod.n - 2.0) / across))
-        })
-        .collect()
+        pods.filter_map(line).map(|line| (line.slope, line.rest / line.across)).collect()
     };
     let [canary, baseline] = [slopes(CANARY), slopes(BASELINE)];
     if canary.is_empty() || baseline.len() < SLOPE_PODS {
