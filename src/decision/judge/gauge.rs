@@ -149,8 +149,9 @@ pub(super) fn fold(
         AnswerHealth::NoData(
             reason,
             format!(
-                "Prometheus answers, but holds samples of {which}: check the metric's name, and that the pods are scraped with the \
-                 labels namespace and pod, in {}",
+                "Prometheus answers, but holds no sample younger than {} s of {which}: check the metric's name, and that the pods are \
+                 scraped that often, with the labels namespace and pod, in {}",
+                2 * grid.step,
                 query()
             ),
         )
@@ -169,9 +170,9 @@ pub(super) fn fold(
         return (evidence, AnswerHealth::Malformed(why));
     }
     let health = match present {
-        [false, false] => missing(Cause::Missing, "neither the canary's nor the baseline's pods"),
-        [false, true] => missing(Cause::CanaryMissing, "the baseline's pods, but not the canary's"),
-        [true, false] => missing(Cause::BaselineMissing, "the canary's pods, but not the baseline's"),
+        [false, false] => missing(Cause::Missing, "either the canary's or the baseline's pods"),
+        [false, true] => missing(Cause::CanaryMissing, "the canary's pods, though of the baseline's"),
+        [true, false] => missing(Cause::BaselineMissing, "the baseline's pods, though of the canary's"),
         [true, true] if half_dropped || !(finite[CANARY] && finite[BASELINE]) => AnswerHealth::Blind(
             Cause::NotANumber,
             format!(

@@ -69,8 +69,9 @@ pub(super) fn fold(
         Reading::Nothing => AnswerHealth::NoData(
             if matches!(reference[last], Reading::Nothing) { Cause::Missing } else { Cause::CanaryMissing },
             format!(
-                "Prometheus answers, but the query gives no value: check the metric's name, and that the pods are scraped with the \
-                 labels namespace and pod, in {}",
+                "Prometheus answers, but the query gives no value from the last {} s: check the metric's name, and that the pods are \
+                 scraped that often, with the labels namespace and pod, in {}",
+                2 * grid.step,
                 query()
             ),
         ),
