@@ -49,8 +49,11 @@ pub struct Context {
     http: reqwest::Client,
     defaults: Defaults,
     metrics: Arc<Metrics>,
-    /// Evidence since the last checkpoint, by uid. Lost at a restart, and then folded again from Prometheus.
+    /// The KPIs of the last plan that was recorded, by uid: evidence since the last checkpoint. Lost at a restart, and then folded
+    /// again from Prometheus.
     evidence: Mutex<HashMap<String, (String, Vec<KpiStatus>)>>,
+    /// What the API server said of the last write, where it refused it, by uid.
+    refused: Mutex<HashMap<String, String>>,
     /// Highest decision announced, by uid.
     announced: Mutex<HashMap<String, i64>>,
     prometheus: Mutex<BTreeMap<(String, u64), Arc<Prometheus>>>,
@@ -74,6 +77,7 @@ impl Context {
             defaults,
             metrics,
             evidence: Mutex::default(),
+            refused: Mutex::default(),
             announced: Mutex::default(),
             prometheus: Mutex::default(),
         })
@@ -158,11 +162,11 @@ async fn reconcile(
         .filter(|_| object.status.as_ref().is_some_and(machine::asks_pods))
         .map(|rollout| rollout.admin_port);
     let mut world = observe::observe(&context.client, &context.http, &object, asks).await?;
+    let uid = object.uid().unwrap_or_default();
+    world.snapshot.refused = lock(&context.refused).get(&uid).cloned();
     let now = clock::now();
     let plan = match &resolved {
-        Err(refusal) => {
-            machine::refuse(&world.snapshot, object.metadata.generation.unwrap_or_default(), refusal, now)
-        }
+        Err(refusal) => machine::refuse(&object, &world.snapshot, refusal, now),
         Ok(rollout) => {
             let judged = context.judge(rollout, &mut world.snapshot.status, now).await;
             let plan = machine::step(rollout, &world.snapshot, judged, now);
@@ -170,9 +174,7 @@ async fn reconcile(
             let foreign = observe::foreign(&context.client, &rollout.namespace, &created).await?;
             match foreign.is_empty() {
                 true => plan,
-                false => {
-                    machine::refuse(&world.snapshot, rollout.generation, &machine::conflict(&foreign), now)
-                }
+                false => machine::refuse(&object, &world.snapshot, &machine::conflict(&foreign), now),
             }
         }
     };
@@ -182,20 +184,23 @@ async fn reconcile(
         // What was decided is written before it is done: nothing is done that a restart does not know, or that the user has
         // overruled meanwhile.
         context.record(&object, &plan, step).await?;
-    }
-    if let Ok(rollout) = &resolved {
-        let mut writes = writes::writes(&rollout.name, &world.snapshot, &world.objects, &plan, now);
-        if deleting && plan.release && object.spec.deletion_policy == DeletionPolicy::Delete {
-            writes = writes::removals(&rollout.name, &world.objects, &Variant::ALL);
-        }
-        apply::apply(&context.client, &rollout.namespace, &writes).await?;
-    }
-    if !deleting {
         context.announce(&object, &plan).await?;
         report::answer(&context.client, &object, &plan.answered).await?;
-    } else if plan.release {
+    }
+    let name = object.name_any();
+    let writes = match deleting && plan.release && object.spec.deletion_policy == DeletionPolicy::Delete {
+        true => writes::removals(&name, &world.objects, &Variant::ALL),
+        false => writes::writes(&name, &world.snapshot, &world.objects, &plan, now),
+    };
+    let applied = apply::apply(&context.client, &object.namespace().unwrap_or_default(), &writes).await;
+    match applied.as_ref().err().and_then(Error::refused) {
+        Some(why) => lock(&context.refused).insert(uid.clone(), why),
+        None => lock(&context.refused).remove(&uid),
+    };
+    applied?;
+    if deleting && plan.release {
         report::finalizer(&context.client, &object, false).await?;
-        context.forget(&object.uid().unwrap_or_default());
+        context.forget(&uid);
     }
     drop(timer);
     let wait = plan.wake.duration_since(clock::now());
@@ -240,7 +245,6 @@ impl Context {
         for kpi in &judged {
             self.metrics.judged(kpi.verdict);
         }
-        lock(&self.evidence).insert(rollout.uid.clone(), (key, judged.clone()));
         judged
     }
 
@@ -260,13 +264,15 @@ impl Context {
         Ok(client)
     }
 
-    /// Writes the status where that is worth a write.
+    /// Writes the status where that is worth a write, and keeps what of it is not.
     async fn record(&self, object: &OptimizationRollout, plan: &Plan, step: u64) -> Result<(), Error> {
         let stored = object.status.clone().unwrap_or_default();
         let step = i64::try_from(step).unwrap_or(1);
         if worth_writing(&stored, &plan.status, step) || object.status.is_none() {
             report::write_status(&self.client, object, plan.status.clone()).await?;
         }
+        let known = (machine::evidence_key(&plan.status), plan.status.kpis.clone());
+        lock(&self.evidence).insert(object.uid().unwrap_or_default(), known);
         Ok(())
     }
 
@@ -292,6 +298,7 @@ impl Context {
 
     fn forget(&self, uid: &str) {
         lock(&self.evidence).remove(uid);
+        lock(&self.refused).remove(uid);
         lock(&self.announced).remove(uid);
     }
 }

@@ -164,6 +164,7 @@ fn preflight(pods: i32, spread: Vec<f64>) -> Preflight {
     Preflight {
         kpi: "k".to_owned(),
         track: Track::Production,
+        reads: String::new(),
         until: 0,
         pods,
         cautious_until: None,

@@ -10,15 +10,15 @@ use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use serde_json::{Value, json};
 use synthex_operator::{
     api::{
-        Carry, Cause, Change, Counts, Evidence, GaugeEvidence, KpiStatus, OptimizationRollout,
-        OptimizationState, OptimizationStatus, Phase, Preflight, RolloutStatus, ShareEvidence, StageStatus,
-        Step, Track, Verdict, What,
+        Carry, Cause, Change, Counts, DeletionPolicy, Evidence, GaugeEvidence, KpiStatus,
+        OptimizationRollout, OptimizationState, OptimizationStatus, Phase, Preflight, RolloutStatus,
+        ShareEvidence, StageStatus, Step, Track, Verdict, What,
     },
     decision::{
-        judge::Test,
+        judge::{self, Test},
         machine::{self, Plan},
-        render::Variant,
-        resolve::{Defaults, Rollout, resolve},
+        render::{PROMOTED_ANNOTATION, ROLLED_BACK_ANNOTATION, Variant},
+        resolve::{Defaults, Refusal, Rollout, resolve},
         snapshot::{Observed, Pod, Snapshot, Verb},
     },
 };
@@ -26,6 +26,11 @@ use synthex_operator::{
 const NOW: i64 = 1_000_000;
 
 fn rollout(analysis: &Value) -> Rollout {
+    let defaults = Defaults { runtime_image: "r:dev".into(), prometheus_url: "http://p:9090".into() };
+    resolve(&object(analysis), &defaults).unwrap()
+}
+
+fn object(analysis: &Value) -> OptimizationRollout {
     let ratio = |name: &str, required: bool| json!({"name": name, "required": required, "errorRatio": {"errors": "e{$arm}", "total": "t{$arm}"}});
     let promise = |on_miss: &str| {
         json!({"name": "memory", "required": false, "expect": {"change": -0.35, "onMiss": on_miss},
@@ -52,8 +57,7 @@ fn rollout(analysis: &Value) -> Rollout {
     });
     let mut object = OptimizationRollout::new("experts", serde_json::from_value(spec).unwrap());
     object.metadata.namespace = Some("shop".into());
-    let defaults = Defaults { runtime_image: "r:dev".into(), prometheus_url: "http://p:9090".into() };
-    resolve(&object, &defaults).unwrap()
+    object
 }
 
 fn ago(seconds: i64) -> Time {
@@ -72,6 +76,7 @@ fn kpi(name: &str, owner: Option<&str>, verdict: Verdict, reason: Cause, since: 
         owner: owner.map(str::to_owned),
         verdict,
         reason,
+        reads: String::new(),
         since: Some(ago(since)),
         message: format!("{name} says so"),
         canary: Some(0.001),
@@ -126,6 +131,7 @@ fn status(kpis: &[KpiStatus]) -> RolloutStatus {
         learned.push(Preflight {
             kpi: name.into(),
             track: Track::Production,
+            reads: String::new(),
             until: NOW - 1500,
             pods: 8,
             cautious_until: None,
@@ -141,6 +147,8 @@ fn status(kpis: &[KpiStatus]) -> RolloutStatus {
             index: 0,
             step: Step::Observing,
             attempt: 1,
+            stages: 2,
+            spent: BTreeMap::new(),
             replaced: 0,
             entered_at: ago(2000),
             attempt_at: ago(2000),
@@ -365,6 +373,17 @@ fn each_row_of_the_safety_table() {
             None,
         ),
         (
+            "as many errors where the baseline has none, yet little more than matters",
+            but(&[KpiStatus {
+                canary: Some(0.009),
+                baseline: Some(0.0),
+                ..held(Verdict::Fail, Cause::Judged, 0)
+            }]),
+            &[],
+            "canary",
+            None,
+        ),
+        (
             "a KPI that is only shown",
             but(&[kpi("shown", None, Verdict::Fail, Cause::Judged, minutes(99))]),
             &[],
@@ -534,23 +553,206 @@ fn what_stages_can_show_is_said_once_before_the_evidence_is_looked_at() {
 
 #[test]
 fn each_stage_has_its_own_attempts_and_spends_none_of_them_twice() {
-    // The stage that runs, its attempt, how often pods were replaced, what it exposes; and the same of the stage that follows.
-    let rows = [
-        ("passed", "canary", (3, 4), 10, ("half", 1, 4)),
-        ("removed", "gone", (3, 4), 10, ("canary", 7, 5)),
-        ("removed, and every other exposes more", "gone", (3, 4), 5, ("canary", 6, 4)),
-        ("passed after a removal", "canary", (7, 5), 10, ("half", 7, 5)),
-        ("removed once more", "gone", (7, 5), 10, ("canary", 9, 6)),
+    // The stage that runs and its attempt, those that the pass has left, what is exposed; the stage that follows, its attempt, and how
+    // often pods have been replaced, four times so far. The pass began with two stages. A stage that takes the place of a removed one
+    // restarts at once, since it has other pods.
+    type Row<'a> = (&'a str, (&'a str, i32), &'a [(&'a str, i32)], i32, (&'a str, i32, i32));
+    let rows: [Row<'_>; 6] = [
+        ("passed", ("canary", 3), &[], 10, ("half", 1, 4)),
+        ("removed", ("gone", 3), &[], 10, ("canary", 2, 5)),
+        ("removed, and every other exposes more", ("gone", 3), &[], 5, ("canary", 1, 4)),
+        ("passed, with both shares given", ("canary", 2), &[("gone", 3)], 10, ("half", 4, 4)),
+        ("removed, with both shares given", ("gone", 7), &[("canary", 2), ("old", 3)], 10, ("canary", 9, 5)),
+        ("entered again", ("canary", 1), &[("half", 2)], 10, ("half", 3, 4)),
     ];
-    for (what, name, (attempt, replaced), weight, expected) in rows {
+    for (what, (name, attempt), spent, weight, expected) in rows {
         let after = plan(&json!({}), healthy(), |snapshot| {
             snapshot.status.weight.desired = weight;
             let stage = snapshot.status.stage.as_mut().unwrap();
-            (stage.name, stage.attempt, stage.replaced) = (name.to_owned(), attempt, replaced);
+            (stage.name, stage.attempt, stage.replaced) = (name.to_owned(), attempt, 4);
+            stage.spent = spent.iter().map(|(name, attempt)| ((*name).to_owned(), *attempt)).collect();
         });
         let stage = after.status.stage.as_ref().unwrap();
         assert_eq!((stage.name.as_str(), stage.attempt, stage.replaced), expected, "{what}");
+        assert_eq!(stage.stages, 2, "{what}");
     }
+}
+
+#[test]
+fn a_longer_list_of_stages_takes_no_share_from_those_that_are_over() {
+    let rollout = rollout(&json!({}));
+    for began_with in [2, 5] {
+        let mut status = status(&healthy());
+        status.stage.as_mut().unwrap().stages = began_with;
+        let inquiry = machine::inquiry(&rollout, &status, Timestamp::from_second(NOW).unwrap()).unwrap();
+        let (trial, _) = inquiry.trials.iter().find(|(trial, _)| trial.kpi.name == "errors").unwrap();
+        let share = rollout.alpha_share(&trial.kpi);
+        assert_eq!(trial.alarm_at, judge::alarm_at(0.01, share, began_with as usize, 1));
+    }
+}
+
+#[test]
+fn a_kpi_whose_query_is_edited_is_learned_and_judged_afresh() {
+    let rollout = rollout(&json!({}));
+    let now = Timestamp::from_second(NOW).unwrap();
+    let mut status = status(&healthy());
+    let judged = |status: &RolloutStatus, name: &str| {
+        let inquiry = machine::inquiry(&rollout, status, now).unwrap();
+        inquiry.trials.into_iter().find(|(trial, _)| trial.kpi.name == name).map(|(_, evidence)| evidence)
+    };
+    assert_eq!(judged(&status, "errors").unwrap().fresh_ticks, 60);
+    status.kpis[0].reads = "another".into();
+    assert_eq!(judged(&status, "errors").unwrap().fresh_ticks, 0);
+    assert_eq!(machine::lessons(&rollout, &status, now).len(), 0);
+    status.preflight[0].reads = "another".into();
+    let lessons = machine::lessons(&rollout, &status, now);
+    assert_eq!(lessons.iter().map(|lesson| lesson.kpi.name.as_str()).collect::<Vec<_>>(), ["errors"]);
+    assert_eq!(judged(&status, "errors"), None);
+    assert_eq!(judged(&status, "upstream").unwrap().fresh_ticks, 60);
+    // What is noted of the queries that are in force fits them.
+    let wanting = kpi("optional", Some("monitoring"), Verdict::NoData, Cause::CanaryMissing, 0);
+    let noted = plan(&json!({}), but(&[wanting]), |_| {}).status;
+    assert_eq!(judged(&noted, "upstream").unwrap().fresh_ticks, 60);
+    assert!(noted.kpis.iter().all(|kpi| !kpi.reads.is_empty()));
+}
+
+#[test]
+fn what_pods_of_both_arms_suffer_is_nobodys_doing() {
+    let first = plan(&json!({}), healthy(), |_| {});
+    let template = |variant: Variant| {
+        first.targets.iter().find(|target| target.variant == variant).unwrap().template.clone()
+    };
+    let templates = [template(Variant::Canary), template(Variant::Baseline)];
+    let well = || Pod { ready: true, ..Pod::default() };
+    let killed = || Pod { oom_killed: true, restarts: 1, ..well() };
+    let stuck = |seconds| Pod { ready: false, not_ready_since: Some(ago(seconds).0), ..Pod::default() };
+    let rows = [
+        ("all is well", vec![well()], vec![well()], None),
+        ("only the canary's was killed", vec![killed()], vec![well()], Some("killed for want of memory")),
+        ("of each arm one was", vec![killed()], vec![killed()], None),
+        (
+            "of an arm four times as large three were",
+            vec![killed(), killed(), killed(), well()],
+            vec![killed()],
+            None,
+        ),
+        ("not Ready, not yet for long", vec![stuck(119)], vec![well()], None),
+        ("not Ready for long", vec![stuck(121)], vec![well()], Some("without being Ready")),
+        ("the baseline's is not Ready either, though not for long", vec![stuck(121)], vec![stuck(5)], None),
+        (
+            "restarted twice more",
+            vec![Pod { restarts: 3, ..well() }],
+            vec![Pod { restarts: 1, ..well() }],
+            Some("restarted 3 times"),
+        ),
+    ];
+    for (what, canary, baseline, expected) in rows {
+        let after = plan(&json!({}), but(&[]), |snapshot| {
+            for ((variant, pods), template) in
+                [(Variant::Canary, canary), (Variant::Baseline, baseline)].into_iter().zip(&templates)
+            {
+                let pods = pods.into_iter().map(|pod| Pod { template: template.clone(), ..pod });
+                snapshot.variants.get_mut(&variant).unwrap().pods = pods.collect();
+            }
+        });
+        let off =
+            after.status.decisions.iter().find(|decision| decision.what == What::OptimizationRolledBack);
+        assert_eq!(off.is_some(), expected.is_some(), "{what}: {off:?}");
+        assert!(off.is_none_or(|off| off.why.contains(expected.unwrap())), "{what}: {off:?}");
+    }
+}
+
+#[test]
+fn a_rollout_that_cannot_be_followed_holds_answers_and_ends_without_loss() {
+    let refusal = Refusal { reason: "InvalidConfig", message: "no such field".into() };
+    let observed = |count: i32| Observed {
+        replicas: count,
+        pods: (0..count).map(|_| Pod { ready: true, ..Pod::default() }).collect(),
+        ..Observed::default()
+    };
+    let refused = |object: &OptimizationRollout, stable: i32, deleting: Option<i64>, verbs: &[Verb]| {
+        let snapshot = Snapshot {
+            status: status(&healthy()),
+            verbs: verbs.to_vec(),
+            deleting_since: deleting.map(|seconds| ago(seconds).0),
+            variants: BTreeMap::from([(Variant::Stable, observed(stable)), (Variant::Canary, observed(10))]),
+            ..Snapshot::default()
+        };
+        machine::refuse(object, &snapshot, &refusal, Timestamp::from_second(NOW).unwrap())
+    };
+    let mut object = object(&json!({}));
+    let held = refused(&object, 0, None, &[Verb::Abort("canary".into())]);
+    assert_eq!((held.scale, held.release, held.answered.len()), (None, false, 1));
+    let why = |what: What| held.status.decisions.iter().find(|d| d.what == what).map(|d| d.why.as_str());
+    assert!(why(What::Stalled).unwrap().contains("until that is mended stage canary stays as it is"));
+    assert_eq!(why(What::VerbRefused).unwrap().split(": ").next().unwrap(), "abort=canary is refused");
+    // Stable's pods, seconds since the deletion: the replicas that it gets, and whether the object is let go.
+    for (stable, seconds, scale, release) in
+        [(0, 5, Some(10), false), (9, 5, Some(10), false), (10, 5, None, true), (0, 601, None, true)]
+    {
+        let plan = refused(&object, stable, Some(seconds), &[]);
+        assert_eq!((plan.scale, plan.release), (scale, release), "{stable} after {seconds} s");
+    }
+    // What is to go with the object need not be put back.
+    object.spec.deletion_policy = DeletionPolicy::Delete;
+    assert!(refused(&object, 0, Some(5), &[]).release);
+}
+
+#[test]
+fn what_the_api_server_refuses_is_said() {
+    let refused =
+        plan(&json!({}), healthy(), |snapshot| snapshot.refused = Some("apply: no such class".into()));
+    assert_eq!(stalled(&refused), Some("ApplyRefused"));
+    let said = refused.status.decisions.iter().find(|decision| decision.what == What::Stalled).unwrap();
+    assert!(said.why.contains("apply: no such class"), "{}", said.why);
+}
+
+#[test]
+fn the_last_steps_do_not_hang_in_silence() {
+    for step in [Step::Promoting, Step::Restoring] {
+        for (seconds, why) in [(500, None), (700, Some("ProgressDeadlineExceeded"))] {
+            let plan = plan(&json!({}), vec![], |snapshot| {
+                let stage = snapshot.status.stage.as_mut().unwrap();
+                (stage.step, stage.attempt_at, stage.exposed_at) = (step, ago(seconds), None);
+                if step == Step::Restoring {
+                    snapshot
+                        .status
+                        .optimizations
+                        .iter_mut()
+                        .for_each(|o| o.state = OptimizationState::RolledBack);
+                }
+            });
+            assert_eq!(stalled(&plan), why, "{step:?} after {seconds} s");
+        }
+    }
+}
+
+#[test]
+fn an_object_whose_optimizations_have_their_verdicts_says_so_once() {
+    let mut verdicts = (vec!["memory".to_owned()], vec!["connections".to_owned(), "monitoring".to_owned()]);
+    for (what, phase) in [(What::Completed, Phase::Completed), (What::RolledBack, Phase::RolledBack)] {
+        let plan = plan(&json!({}), vec![], |snapshot| {
+            snapshot.status = RolloutStatus::default();
+            snapshot.variants.get_mut(&Variant::Stable).unwrap().verdicts = verdicts.clone();
+        });
+        let decided: Vec<_> = plan.status.decisions.iter().map(|decision| decision.what).collect();
+        assert_eq!((decided, plan.status.phase), (vec![what], phase));
+        let promoted = std::mem::take(&mut verdicts.0);
+        verdicts.1.extend(promoted);
+    }
+}
+
+#[test]
+fn an_object_deleted_in_mid_pass_leaves_no_verdict_that_nobody_gave() {
+    let plan = plan(&json!({}), healthy(), |snapshot| snapshot.deleting_since = Some(ago(1).0));
+    let stable = plan.targets.iter().find(|target| target.variant == Variant::Stable).unwrap();
+    let body = stable.objects.iter().find(|body| body["kind"] == "Deployment").unwrap();
+    let annotations = &body["metadata"]["annotations"];
+    assert_eq!(
+        (&annotations[PROMOTED_ANNOTATION], &annotations[ROLLED_BACK_ANNOTATION]),
+        (&json!(""), &json!(""))
+    );
+    assert_eq!(body["spec"]["replicas"], 10);
 }
 
 #[test]

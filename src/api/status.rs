@@ -101,7 +101,14 @@ pub struct StageStatus {
     pub step: Step,
     /// How often the evidence of this stage has been started, from 1. Each start spends less of the false-rollback probability.
     pub attempt: i32,
-    /// How often in this pass the pods of both arms have been replaced, so that evidence starts afresh.
+    /// Stages that the pass began with: the first so many that it enters have an equal share of that probability each.
+    #[serde(default)]
+    pub stages: i32,
+    /// The last attempts at the stages that this pass has left.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub spent: BTreeMap<String, i32>,
+    /// How often in this pass the arms' pods have been replaced, so that evidence starts afresh. Stable's stay, also where the
+    /// canary is compared with them.
     #[serde(default)]
     pub replaced: i32,
     /// When the stage was entered.
@@ -239,6 +246,9 @@ pub struct KpiStatus {
     pub verdict: Verdict,
     /// Why the verdict is what it is, as one word.
     pub reason: Cause,
+    /// Hash of the queries. When they are edited the KPI is learned of and judged afresh.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reads: String,
     /// Since when the reason has been this one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub since: Option<Time>,
@@ -381,6 +391,9 @@ pub struct Preflight {
     pub kpi: String,
     /// Where it was learned; what staging's load teaches does not hold for production's.
     pub track: Track,
+    /// Hash of the KPI's queries, of which it was learned.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reads: String,
     /// Unix time in seconds at which the span ended from which it was learned. Evidence begins no earlier.
     pub until: i64,
     /// Pods from which the spread was learned; 0 where they or their past were too few, so that the cautious end of the range is
@@ -553,6 +566,9 @@ pub struct Basis {
     pub stage: String,
     /// Attempt at it.
     pub attempt: i32,
+    /// Stages among which the false-rollback probability was shared.
+    #[serde(default)]
+    pub stages: i32,
     /// What the stage did.
     pub step: Step,
     /// Unix time in seconds of the grid tick at which the evidence began; the first difference ends one interval later.

@@ -176,7 +176,9 @@ pub fn explain(object: &OptimizationRollout, rollout: Option<&Rollout>) -> Expla
             _ => vec![],
         };
         let tell = |basis: &Basis| {
-            let of = |numbers: &Numbers| tell(rollout, basis.attempt, &then, numbers, String::new());
+            let of = |numbers: &Numbers| {
+                tell(rollout, (basis.attempt, basis.stages), &then, numbers, String::new())
+            };
             basis.kpis.iter().map(of).collect::<Vec<_>>()
         };
         Decided {
@@ -188,7 +190,7 @@ pub fn explain(object: &OptimizationRollout, rollout: Option<&Rollout>) -> Expla
             kpis: basis.map(tell).unwrap_or_default(),
         }
     };
-    let attempt = status.stage.as_ref().map_or(1, |stage| stage.attempt);
+    let attempt = status.stage.as_ref().map_or((1, 0), |stage| (stage.attempt, stage.stages));
     let kpi = |known: &KpiStatus| {
         let message = format!("{:?}: {}", known.reason, known.message);
         tell(rollout, attempt, &running, &Numbers::from(known), message)
@@ -236,7 +238,7 @@ fn rests_on(basis: &Basis, trials: &[Trial]) -> String {
 
 fn tell(
     rollout: Option<&Rollout>,
-    attempt: i32,
+    (attempt, stages): (i32, i32),
     trials: &[Trial],
     numbers: &Numbers,
     message: String,
@@ -245,7 +247,7 @@ fn tell(
     let kpi = rollout.and_then(|rollout| rollout.all_kpis().find(|kpi| kpi.name == numbers.name));
     let alarm_formula = rollout.zip(kpi.filter(|kpi| kpi.is_tested())).map(|(rollout, kpi)| {
         let probability = rollout.analysis.false_rollback_probability;
-        let (share, stages) = (rollout.alpha_share(kpi), rollout.stages.len());
+        let (share, stages) = (rollout.alpha_share(kpi), machine::stages(rollout, stages));
         let at = judge::alarm_at(probability, share, stages, attempt);
         format!(
             "ln(1/alpha) = {at:.4}, alpha = {probability} (analysis.falseRollbackProbability) x {share:.4} (share of this KPI) / {stages} \

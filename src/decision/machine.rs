@@ -14,13 +14,13 @@ use super::{
     },
     replicas::Replicas,
     report,
-    resolve::{Place, Refusal, Rollout, Stage},
+    resolve::{Place, Refusal, Rollout, Stage, hash},
     snapshot::{Observed, Pod, Snapshot, Verb},
 };
 use crate::api::{
     Approval, Basis, Blame, Cause, Comparison, Decision, DeletionPolicy, Direction, KpiStatus, Mode, Numbers,
-    OnInconclusive, OnMiss, OptimizationState, OptimizationStatus, Phase, Preflight, Promotion,
-    RolloutStatus, StageStatus, Step, Suffered, Track, Verdict, What,
+    OnInconclusive, OnMiss, OptimizationRollout, OptimizationState, OptimizationStatus, Phase, Preflight,
+    Promotion, RolloutStatus, StageStatus, Step, Suffered, Track, Verdict, What,
 };
 
 /// How long a shared alarm waits for an owned one before everything is rolled back.
@@ -33,6 +33,10 @@ pub const NOT_READY_LIMIT: SignedDuration = SignedDuration::from_secs(120);
 const POLL: SignedDuration = SignedDuration::from_secs(1);
 /// How often a rollout that waits for nothing is looked at, against missed events.
 const IDLE: SignedDuration = SignedDuration::from_secs(3600);
+/// Reason of a refusal because of somebody else's objects.
+const CONFLICT: &str = "Conflict";
+/// How often it is looked whether somebody else's objects have gone.
+const CONFLICT_POLL: SignedDuration = SignedDuration::from_secs(30);
 /// Decisions older than this are not announced after a restart: their events have been made, or have expired.
 const ANNOUNCE: SignedDuration = SignedDuration::from_secs(600);
 /// Verdicts kept of optimizations that are no longer in the specification.
@@ -47,6 +51,8 @@ pub struct Plan {
     pub status: RolloutStatus,
     /// Variants to apply, in order.
     pub targets: Vec<Target>,
+    /// Replicas that stable gets, where the specification cannot be followed and nothing else of it is known.
+    pub scale: Option<i32>,
     /// Variants to delete.
     pub remove: Vec<Variant>,
     /// Verbs that have been answered, whose annotations are to be removed.
@@ -79,7 +85,7 @@ pub fn inquiry(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Opt
         return None;
     }
     let (track, arms) = compared(rollout, stage)?;
-    let bake = planned(rollout, stage).map_or(0, |planned| planned.duration.as_secs());
+    let bake = planned(rollout, stage).map(|planned| planned.duration).unwrap_or_default();
     let on = names(status, OptimizationState::Active);
     let (mut trials, mut waiting) = (vec![], vec![]);
     for kpi in judged(rollout, stage, &on) {
@@ -97,24 +103,79 @@ pub fn inquiry(rollout: &Rollout, status: &RolloutStatus, now: Timestamp) -> Opt
             waiting.push(known.cloned().unwrap_or_else(|| unlearned(kpi, None)));
             continue;
         }
-        let trial = Trial {
-            alarm_at: judge::alarm_at(
-                rollout.analysis.false_rollback_probability,
-                rollout.alpha_share(kpi),
-                rollout.stages.len(),
-                stage.attempt,
-            ),
-            kpi: kpi.clone(),
-            arms: arms.clone(),
-            preflight: preflight.cloned(),
-            step,
-            warm_up: seconds(warm_up(rollout, kpi)),
-            bake: (i64::try_from(bake).unwrap_or(i64::MAX) + step - 1) / step,
-        };
-        let evidence = known.and_then(|known| known.evidence.clone());
+        let trial = trial(rollout, stage, kpi, arms.clone(), preflight, bake);
+        let evidence =
+            known.filter(|known| is_of(&known.reads, kpi)).and_then(|known| known.evidence.clone());
         trials.push((trial.clone(), trial.resumed(evidence, from)));
     }
     Some(Inquiry { trials, waiting, until, step })
+}
+
+/// One KPI in a stage of this bake.
+fn trial(
+    rollout: &Rollout,
+    stage: &StageStatus,
+    kpi: &Kpi,
+    arms: Arms,
+    preflight: Option<&Preflight>,
+    bake: crate::api::Duration,
+) -> Trial {
+    let step = interval(rollout);
+    Trial {
+        alarm_at: judge::alarm_at(
+            rollout.analysis.false_rollback_probability,
+            rollout.alpha_share(kpi),
+            stages(rollout, stage.stages),
+            stage.attempt,
+        ),
+        kpi: kpi.clone(),
+        arms,
+        preflight: preflight.cloned(),
+        step,
+        warm_up: seconds(warm_up(rollout, kpi)),
+        bake: seconds(bake).saturating_add(step - 1) / step,
+    }
+}
+
+/// Stages among which the false-rollback probability is shared: those that the pass began with, where that was noted.
+pub fn stages(rollout: &Rollout, began_with: i32) -> usize {
+    usize::try_from(began_with).ok().filter(|stages| *stages > 0).unwrap_or(rollout.stages.len())
+}
+
+/// The attempt with which a pass enters a stage. The first stages, as many as it began with, have a share of the probability each.
+/// What is entered beyond those, again or after an edit of the list, goes on after the highest attempt so far: as if it were one more
+/// at that stage, whose share allows for any number. So nothing is spent twice.
+fn next_attempt(stage: &StageStatus, name: &str) -> i32 {
+    let spent = || {
+        stage
+            .spent
+            .iter()
+            .map(|(name, attempt)| (name.as_str(), *attempt))
+            .chain([(stage.name.as_str(), stage.attempt)])
+    };
+    let entered: BTreeSet<_> = spent().map(|(name, _)| name).collect();
+    let share_left = usize::try_from(stage.stages).is_ok_and(|stages| entered.len() < stages);
+    if share_left && !entered.contains(name) {
+        1
+    } else {
+        spent().map(|(_, attempt)| attempt).max().unwrap_or(0) + 1
+    }
+}
+
+/// Hash of what a KPI reads.
+fn reads(kpi: &Kpi) -> String {
+    let queries = match &kpi.test {
+        Test::ErrorRatio { errors, total, .. } => format!("{errors}\n{total}"),
+        Test::Latency { histogram, .. } => histogram.clone(),
+        Test::Gauge { query, direction, .. } => format!("{query}\n{direction:?}"),
+        Test::Threshold { query, .. } => query.clone(),
+    };
+    hash(&queries)
+}
+
+/// Whether what is known was read by this KPI's queries. That of an operator which did not note them counts.
+fn is_of(known: &str, kpi: &Kpi) -> bool {
+    known.is_empty() || known == reads(kpi)
 }
 
 /// What is to be learned from running pods before the evidence of a KPI can begin.
@@ -171,7 +232,7 @@ pub fn learn(
     match taught {
         Ok(Some(preflight)) => {
             status.preflight.retain(|known| known.kpi != preflight.kpi || known.track != preflight.track);
-            status.preflight.push(preflight);
+            status.preflight.push(Preflight { reads: reads(&lesson.kpi), ..preflight });
             None
         }
         _ if lesson.begun.is_some() => None,
@@ -203,7 +264,8 @@ fn judged<'a>(
 
 /// What was learned of a KPI, if it fits.
 fn learned<'a>(status: &'a RolloutStatus, kpi: &Kpi, track: Track) -> Option<&'a Preflight> {
-    let known = status.preflight.iter().find(|known| known.kpi == kpi.name && known.track == track)?;
+    let of = |known: &&Preflight| known.kpi == kpi.name && known.track == track && is_of(&known.reads, kpi);
+    let known = status.preflight.iter().find(of)?;
     let fits = match kpi.test {
         Test::Latency { .. } => !known.bounds.is_empty(),
         Test::ErrorRatio { .. } => known.bounds.is_empty() && known.spread.len() == 1,
@@ -323,25 +385,60 @@ pub fn step(rollout: &Rollout, snapshot: &Snapshot, judged: Vec<KpiStatus>, now:
     machine.plan()
 }
 
-/// The plan for a specification that cannot be followed: nothing is deployed, changed or removed, and the status says why.
-pub fn refuse(snapshot: &Snapshot, generation: i64, refusal: &Refusal, now: Timestamp) -> Plan {
+/// The plan for a specification that cannot be followed: nothing is deployed, changed or removed, and the status says why. What a
+/// running stage has brought up stays as it is. Only the end of the object is provided for: stable gets the user's replicas back
+/// before the arms go with it.
+pub fn refuse(object: &OptimizationRollout, snapshot: &Snapshot, refusal: &Refusal, now: Timestamp) -> Plan {
     let mut status = snapshot.status.clone();
-    status.observed_generation = generation;
+    status.observed_generation = object.metadata.generation.unwrap_or_default();
+    let refusal = &match &status.stage {
+        None => refusal.clone(),
+        Some(stage) => Refusal {
+            message: format!(
+                "{}; until that is mended stage {} stays as it is, its pods too, and nothing is judged, promoted or rolled back",
+                refusal.message, stage.name
+            ),
+            ..*refusal
+        },
+    };
     let known = report::stalled(&status)
         .is_some_and(|(reason, message)| reason == refusal.reason && message == refusal.message);
     if !known {
         decide(&mut status, now, What::Stalled, format!("{}: {}", refusal.reason, refusal.message));
     }
+    let before = std::mem::take(&mut status.answered);
+    for verb in &snapshot.verbs {
+        let word = verb.to_string();
+        if !before.contains(&word) {
+            let why = format!("{word} is refused: the specification cannot be followed: {}", refusal.message);
+            decide(&mut status, now, What::VerbRefused, why);
+        }
+        status.answered.push(word);
+    }
     status.phase = Phase::Stalled;
-    let wake = now + IDLE;
+    let stable = snapshot.variants.get(&Variant::Stable);
+    let (replicas, policy) = (object.spec.workload.runtime.replicas, object.spec.deletion_policy);
+    let wanting = |since| {
+        policy == DeletionPolicy::Orphan
+            && now.duration_since(since) <= PROGRESS_DEADLINE
+            && stable.is_some_and(|seen| seen.replicas != replicas || seen.serving() < replicas)
+    };
+    let put_back = snapshot.deleting_since.is_some_and(wanting);
+    let wake = match refusal.reason {
+        _ if put_back => now + POLL,
+        // Nobody tells when what is in the way has gone.
+        CONFLICT => now + CONFLICT_POLL,
+        _ => now + IDLE,
+    };
     status.next_decision_at = Some(Time(wake));
     report::refused(&mut status, refusal, now);
     Plan {
         status,
         targets: vec![],
+        scale: put_back.then_some(replicas),
         remove: vec![],
-        answered: vec![],
-        release: snapshot.deleting_since.is_some(),
+        answered: snapshot.verbs.clone(),
+        release: snapshot.deleting_since.is_some() && !put_back,
         wake,
     }
 }
@@ -349,7 +446,7 @@ pub fn refuse(snapshot: &Snapshot, generation: i64, refusal: &Refusal, now: Time
 /// Refusal because objects that bear names of ours belong to somebody else.
 pub fn conflict(foreign: &[String]) -> Refusal {
     Refusal {
-        reason: "Conflict",
+        reason: CONFLICT,
         message: format!(
             "already there and not this rollout's: {}; remove or rename what is there, or give the rollout another name",
             foreign.join(", ")
@@ -400,6 +497,7 @@ impl Machine<'_> {
         Some(Basis {
             stage: stage.name.clone(),
             attempt: stage.attempt,
+            stages: stage.stages,
             step: stage.step,
             from: evidence_from(self.rollout, stage, None)?,
             until: self.status.kpis.iter().filter_map(tick).max()?,
@@ -414,6 +512,8 @@ impl Machine<'_> {
         let before = std::mem::replace(&mut self.status.kpis, judged);
         let mut unreadable = vec![];
         for kpi in &mut self.status.kpis {
+            let defined = self.rollout.all_kpis().find(|defined| defined.name == kpi.name);
+            kpi.reads = defined.map(reads).unwrap_or_default();
             let known = before.iter().find(|known| known.name == kpi.name && known.reason == kpi.reason);
             kpi.since = known.and_then(|known| known.since.clone()).or(Some(Time(self.now)));
             if known.is_none() && kpi.reason == Cause::Malformed {
@@ -518,7 +618,10 @@ impl Machine<'_> {
         let running = self.stage_name();
         if running.is_empty() || running != stage {
             self.decide(What::VerbRefused, format!("abort={stage} is stale: {}", running_now(&running)));
-        } else if !self.active().is_empty() {
+        } else if self.active().is_empty() {
+            let why = format!("abort={stage} changes nothing: every optimization of the pass is off");
+            self.decide(What::VerbRefused, why);
+        } else {
             self.decide(What::Aborted, format!("the user ended the pass in stage {stage}"));
             self.roll_back(&self.active(), "aborted by the user");
         }
@@ -529,7 +632,9 @@ impl Machine<'_> {
             Some(OptimizationState::Active | OptimizationState::Promoted | OptimizationState::Pending) => {
                 self.roll_back(&BTreeSet::from([name.to_owned()]), "the user asked for it");
             }
-            Some(OptimizationState::RolledBack) => {}
+            Some(OptimizationState::RolledBack) => {
+                self.decide(What::VerbRefused, format!("rollback={name} changes nothing: it is off"));
+            }
             None => {
                 let why = format!("rollback={name} is refused: {}", self.no_optimization());
                 self.decide(What::VerbRefused, why);
@@ -569,8 +674,10 @@ impl Machine<'_> {
                 if stage.name == name
                     && matches!(stage.step, Step::Observing | Step::AwaitingApproval | Step::WarmingUp) =>
             {
-                if stage.promoted == Some(wanted) {
-                    return;
+                // Who skips the bake has approved as well.
+                if stage.promoted == Some(wanted) || stage.promoted == Some(Promotion::Forced) {
+                    let why = format!("promote={value} changes nothing: it was granted before");
+                    return self.decide(What::VerbRefused, why);
                 }
                 if wanted == Promotion::Forced && !failing.is_empty() {
                     format!("{} fails; a failing KPI is never skipped", failing[0].name)
@@ -604,7 +711,12 @@ impl Machine<'_> {
         if self.status.stage.is_none() {
             self.begin_pass();
         }
-        let Some(stage) = self.status.stage.clone() else { return };
+        let Some(stage) = self.status.stage.clone() else {
+            if self.status.decisions.is_empty() {
+                self.nothing_to_do();
+            }
+            return;
+        };
         if self.active().is_empty() && stage.step != Step::Restoring {
             self.restore();
         }
@@ -630,15 +742,13 @@ impl Machine<'_> {
             return;
         }
         let removed = stage.name.clone();
-        // A stage that may have run before has had no more attempts than this one, or than arms have been replaced and one: none is
-        // spent twice.
-        let attempt = stage.attempt.max(stage.replaced + 1) + 1;
         let exposes_no_more = |planned: &&Stage| match planned.place {
             Place::Staging(_) => true,
             Place::Weight(weight) => weight <= exposed,
         };
         if let Some(planned) = self.rollout.stages.iter().rfind(exposes_no_more) {
-            stage.name.clone_from(&planned.name);
+            let attempt = next_attempt(stage, &planned.name);
+            stage.spent.insert(std::mem::replace(&mut stage.name, planned.name.clone()), stage.attempt);
             stage.attempt = attempt;
             // What was seen of the removed stage is no proof of this one: its evidence starts afresh.
             "removed".clone_into(&mut stage.subject);
@@ -648,10 +758,26 @@ impl Machine<'_> {
         if let Some(kpi) = failing.first() {
             return self.harm(&kpi.name, &BTreeSet::new(), &format!("{}: {}", kpi.name, kpi.message), true);
         }
-        self.enter(0, attempt);
+        self.enter(0);
         let first = self.stage_name();
         let why = format!("stage {removed} was removed; stage {first} begins with {}", list(&self.active()));
         self.decide(What::StageStarted, why);
+    }
+
+    /// The one decision of an object whose optimizations all have a verdict from before it was created.
+    fn nothing_to_do(&mut self) {
+        let promoted = names(&self.status, OptimizationState::Promoted);
+        let rolled_back = names(&self.status, OptimizationState::RolledBack);
+        let what = if promoted.is_empty() { What::RolledBack } else { What::Completed };
+        let told = |what: &str, names: &BTreeSet<String>| {
+            if names.is_empty() { String::new() } else { format!("; {what}: {}", list(names)) }
+        };
+        let why = format!(
+            "no optimization waits for a pass{}{}",
+            told("on from before", &promoted),
+            told("rolled back before", &rolled_back)
+        );
+        self.decide(what, why);
     }
 
     fn begin_pass(&mut self) {
@@ -661,7 +787,7 @@ impl Machine<'_> {
         }
         self.status.preflight.clear();
         self.status.benefits.clear();
-        self.enter(0, 1);
+        self.enter(0);
         for name in &pending {
             self.set(name, OptimizationState::Active, "");
         }
@@ -669,27 +795,28 @@ impl Machine<'_> {
         self.decide(What::StageStarted, format!("stage {first} begins with {}", list(&pending)));
     }
 
-    fn enter(&mut self, index: usize, attempt: i32) {
+    fn enter(&mut self, index: usize) {
         let Some(planned) = self.rollout.stages.get(index) else { return };
         // What could not be learned is tried again; what was learned stays frozen, and so does what was said of it.
         self.status.preflight.retain(|known| known.pods > 0);
         self.status.preflight.iter_mut().for_each(|known| known.cautious_until = None);
-        let track = |stage: &Stage| match stage.place {
-            Place::Staging(_) => Track::Staging,
-            Place::Weight(_) => Track::Production,
-        };
         let before = self.status.stage.as_ref();
         let replaced = before.map_or(0, |stage| stage.replaced);
         let foretold = before.is_some_and(|stage| {
-            stage.foretold
-                && self::planned(self.rollout, stage).is_some_and(|before| track(before) == track(planned))
+            let left = self::planned(self.rollout, stage);
+            stage.foretold && left.is_some_and(|left| left.place.track() == planned.place.track())
         });
+        let mut spent = before.map(|stage| stage.spent.clone()).unwrap_or_default();
+        spent.extend(before.map(|stage| (stage.name.clone(), stage.attempt)));
+        let began_with = i32::try_from(self.rollout.stages.len()).unwrap_or(i32::MAX);
         self.status.stage = Some(StageStatus {
             foretold,
             name: planned.name.clone(),
             index: i32::try_from(index).unwrap_or(i32::MAX),
             step: Step::Deploying,
-            attempt,
+            attempt: before.map_or(1, |stage| next_attempt(stage, &planned.name)),
+            stages: before.map_or(began_with, |stage| stage.stages),
+            spent,
             replaced,
             entered_at: Time(self.now),
             attempt_at: Time(self.now),
@@ -731,17 +858,7 @@ impl Machine<'_> {
                 stage.exposed_at = Some(Time(self.now));
                 stage.step = Step::WarmingUp;
             }
-            Step::Deploying if self.now.duration_since(stage.attempt_at.0) > PROGRESS_DEADLINE => {
-                self.stall = Some(Refusal {
-                    reason: "ProgressDeadlineExceeded",
-                    message: format!(
-                        "stage {}: the pods were not all Ready with their configuration within {} minutes: {missing}; the rollout \
-                         goes on by itself once they are",
-                        planned.name,
-                        PROGRESS_DEADLINE.as_mins(),
-                    ),
-                });
-            }
+            Step::Deploying => self.late("its pods are brought up"),
             Step::WarmingUp => {
                 let from = evidence_from(rollout, stage, None);
                 if from.is_some_and(|from| self.now.as_second() >= from) {
@@ -749,7 +866,7 @@ impl Machine<'_> {
                 }
             }
             Step::Observing | Step::AwaitingApproval => self.observe(planned, index),
-            Step::Deploying | Step::Promoting | Step::Restoring => {}
+            Step::Promoting | Step::Restoring => {}
         }
     }
 
@@ -780,7 +897,7 @@ impl Machine<'_> {
         stage.blame = None;
         stage.promoted = None;
         let why = format!(
-            "stage {} starts its evidence afresh (attempt {}): what is compared has changed, and its pods are replaced",
+            "stage {} starts its evidence afresh (attempt {}): what is compared has changed, and the arms' pods are replaced",
             stage.name, stage.attempt
         );
         self.status.kpis.clear();
@@ -857,9 +974,6 @@ impl Machine<'_> {
     }
 
     fn pass(&mut self, planned: &Stage, index: usize) {
-        // The next stage has spent nothing yet, unless it has been taken out of the list and put back.
-        let edited = self.status.stage.as_ref().filter(|stage| stage.attempt > stage.replaced + 1);
-        let attempt = edited.map_or(1, |stage| stage.attempt);
         let proof: Vec<_> =
             self.status.kpis.iter().map(|kpi| format!("{}: {}", kpi.name, kpi.message)).collect();
         let observed = self.status.stage.as_ref().map(|stage| stage.observed).unwrap_or_default();
@@ -868,7 +982,7 @@ impl Machine<'_> {
         self.decide_on(self.basis(), What::StagePassed, why);
         self.credit(planned);
         if index + 1 < self.rollout.stages.len() {
-            self.enter(index + 1, attempt);
+            self.enter(index + 1);
             let next = self.stage_name();
             self.decide(What::StageStarted, format!("stage {next} begins with {}", list(&self.active())));
             return;
@@ -885,6 +999,7 @@ impl Machine<'_> {
             stage.attempt_at = Time(self.now);
             stage.exposed_at = None;
             stage.blame = None;
+            stage.subject.clear();
             stage.before = Some(stable.map(suffered).unwrap_or_default());
         }
         self.status.kpis.clear();
@@ -902,7 +1017,8 @@ impl Machine<'_> {
         if let Some(kpi) = self.failing().first() {
             return self.harm(&kpi.name, &BTreeSet::new(), &format!("{}: {}", kpi.name, kpi.message), true);
         }
-        let ready = self.stable_exposed();
+        self.settle_stable();
+        let (ready, gone) = (self.stable_exposed(), self.arms_gone());
         let warm_up = span(self.rollout.analysis.warm_up);
         let Some(stage) = &mut self.status.stage else { return };
         if ready && stage.exposed_at.is_none() {
@@ -910,7 +1026,10 @@ impl Machine<'_> {
         }
         let watched =
             stage.exposed_at.as_ref().is_some_and(|since| self.now.duration_since(since.0) >= warm_up);
-        if !(ready && watched && self.arms_gone()) {
+        if !ready || watched && !gone {
+            self.late("stable takes the optimizations");
+        }
+        if !(ready && watched && gone) {
             return;
         }
         let active = self.active();
@@ -932,7 +1051,7 @@ impl Machine<'_> {
     /// The last step of a pass that fails: stable is full, the arms go.
     fn restoring(&mut self) {
         if !(self.stable_exposed() && self.arms_gone()) {
-            return;
+            return self.late("stable returns to full capacity");
         }
         let why = match self
             .status
@@ -947,6 +1066,41 @@ impl Machine<'_> {
         self.decide(What::RolledBack, format!("the pass ended with none of its optimizations on; {why}"));
         self.status.stage = None;
         self.status.kpis.clear();
+    }
+
+    /// Watches stable afresh where what it runs has been changed meanwhile, by a verb or an edit.
+    fn settle_stable(&mut self) {
+        let wanted = self.wanted();
+        let stable = wanted.iter().find(|wanted| wanted.variant == Variant::Stable);
+        let Some(subject) = stable.map(|stable| subject(self.rollout, stable, stable)) else { return };
+        let known = self.status.stage.as_ref().map(|stage| stage.subject.clone()).unwrap_or_default();
+        if known != subject && !known.is_empty() {
+            self.finish(Step::Promoting);
+        }
+        if let Some(stage) = &mut self.status.stage {
+            stage.subject = subject;
+        }
+    }
+
+    /// Says what pods are wanting, where that has lasted for too long.
+    fn late(&mut self, doing: &str) {
+        let Some(stage) = &self.status.stage else { return };
+        if self.now.duration_since(stage.attempt_at.0) <= PROGRESS_DEADLINE {
+            return;
+        }
+        let mut missing = self.unexposed();
+        if missing.is_empty() {
+            missing = "pods of the other arms are still ending".to_owned();
+        }
+        self.stall = Some(Refusal {
+            reason: "ProgressDeadlineExceeded",
+            message: format!(
+                "stage {}, {doing}: the pods were not all Ready with their configuration within {} minutes: {missing}; the rollout \
+                 goes on by itself once they are",
+                stage.name,
+                PROGRESS_DEADLINE.as_mins(),
+            ),
+        });
     }
 
     fn stable_exposed(&self) -> bool {
@@ -1153,13 +1307,18 @@ impl Machine<'_> {
         }
     }
 
-    /// Ten times the baseline's errors, or 5 % of all requests and no such share of the baseline's: nobody waits to see whose doing
-    /// it is. It is an alarm first, so that what looks like one in a handful of requests is none.
+    /// Ten times the baseline's errors (and of the smallest share that matters, where the baseline has next to none), or 5 % of all
+    /// requests and no such share of the baseline's: nobody waits to see whose doing it is. It is an alarm first, so that what looks
+    /// like one in a handful of requests is none.
     fn is_catastrophe(&self, known: &KpiStatus) -> bool {
-        let ratio = self.kpi(&known.name).is_some_and(|kpi| matches!(kpi.test, Test::ErrorRatio { .. }));
+        let Some(&Test::ErrorRatio { minimum_effect, .. }) = self.kpi(&known.name).map(|kpi| &kpi.test)
+        else {
+            return false;
+        };
         match (known.canary, known.baseline) {
             (Some(canary), Some(baseline)) => {
-                ratio && (canary >= 10.0 * baseline || canary >= 0.05 && baseline < 0.05)
+                let least = 10.0 * baseline.max(minimum_effect);
+                canary >= least || canary >= 0.05 && baseline < 0.05
             }
             _ => false,
         }
@@ -1181,10 +1340,7 @@ impl Machine<'_> {
     /// Notes what the stage has measured of each KPI's change, and what was promised and is missed.
     fn credit(&mut self, planned: &Stage) {
         let active = self.active();
-        let track = match planned.place {
-            Place::Staging(_) => Track::Staging,
-            Place::Weight(_) => Track::Production,
-        };
+        let track = planned.place.track();
         let mut missed = vec![];
         for known in &self.status.kpis {
             let Some(change) = known.change else { continue };
@@ -1223,24 +1379,15 @@ impl Machine<'_> {
         let mut little = vec![];
         let later = self.rollout.stages.iter().skip_while(|planned| planned.name != stage.name);
         for planned in later {
-            let named = StageStatus { name: planned.name.clone(), ..stage.clone() };
+            let attempt = match planned.name == stage.name {
+                true => stage.attempt,
+                false => next_attempt(stage, &planned.name),
+            };
+            let named = StageStatus { name: planned.name.clone(), attempt, ..stage.clone() };
             let Some((of, arms)) = compared(self.rollout, &named) else { continue };
-            let step = interval(self.rollout);
             for kpi in tested().filter(|_| of == track) {
-                let trial = Trial {
-                    alarm_at: judge::alarm_at(
-                        self.rollout.analysis.false_rollback_probability,
-                        self.rollout.alpha_share(kpi),
-                        self.rollout.stages.len(),
-                        stage.attempt,
-                    ),
-                    kpi: kpi.clone(),
-                    arms: arms.clone(),
-                    preflight: learned(&self.status, kpi, track).cloned(),
-                    step,
-                    warm_up: seconds(warm_up(self.rollout, kpi)),
-                    bake: i64::try_from(planned.duration.as_secs()).unwrap_or(i64::MAX) / step,
-                };
+                let preflight = learned(&self.status, kpi, track);
+                let trial = trial(self.rollout, &named, kpi, arms.clone(), preflight, planned.duration);
                 if let Some(told) = trial.foretold()
                     && (told.falls_short() || told.detectable.is_none_or(|ratio| ratio > 10.0))
                 {
@@ -1301,20 +1448,15 @@ impl Machine<'_> {
         let seen = &current(candidate)?;
         let reference = &reference.and_then(current).unwrap_or_default();
         let (now, then) = (suffered(seen), stage.before.unwrap_or_else(|| suffered(reference)));
-        let stuck = |seen: &Observed| {
-            seen.pods
-                .iter()
-                .find(|pod| {
-                    !pod.terminating
-                        && pod
-                            .not_ready_since
-                            .is_some_and(|since| self.now.duration_since(since) > NOT_READY_LIMIT)
-                })
-                .map(|pod| pod.name.clone())
+        // Arms are not of one size, so that their numbers do not compare; stable is what it was before.
+        let more = match stage.before {
+            Some(before) => now.oom_killed > before.oom_killed,
+            None => now.oom_killed > 0 && then.oom_killed == 0,
         };
-        if now.oom_killed > then.oom_killed {
+        if more {
+            let others = if stage.before.is_some() { "" } else { ", none of the baseline's was" };
             return Some(format!(
-                "kubernetes: a pod of {} was killed for want of memory, none of the baseline was",
+                "kubernetes: a pod of {} was killed for want of memory{others}",
                 candidate.label()
             ));
         }
@@ -1326,13 +1468,20 @@ impl Machine<'_> {
                 then.restarts
             ));
         }
-        match (stuck(seen), stuck(reference)) {
-            (Some(pod), None) => Some(format!(
-                "kubernetes: pod {pod} has been running without being Ready for more than {} s, while the baseline is Ready",
-                NOT_READY_LIMIT.as_secs()
-            )),
-            _ => None,
+        // What both arms have is not the candidate's doing, also where it came to the baseline later.
+        if reference.pods.iter().any(|pod| !pod.terminating && pod.not_ready_since.is_some()) {
+            return None;
         }
+        let stuck = seen.pods.iter().find(|pod| {
+            !pod.terminating
+                && pod.not_ready_since.is_some_and(|since| self.now.duration_since(since) > NOT_READY_LIMIT)
+        })?;
+        let others = if stage.before.is_some() { "" } else { ", while the baseline is Ready" };
+        Some(format!(
+            "kubernetes: pod {} has been running without being Ready for more than {} s{others}",
+            stuck.name,
+            NOT_READY_LIMIT.as_secs()
+        ))
     }
 
     /// The variants that are not exposed yet, in words; empty once every pod that is compared is exposed and production has the
@@ -1471,13 +1620,11 @@ impl Machine<'_> {
         let put_back = self.rollout.deletion_policy == DeletionPolicy::Orphan && stable.is_some() && !waited;
         let (targets, remove) = if put_back {
             for name in self.active() {
-                self.set(
-                    &name,
-                    OptimizationState::RolledBack,
-                    "the rollout was deleted before it had passed",
-                );
+                self.set(&name, OptimizationState::Pending, "the rollout was deleted before it had passed");
             }
-            self.status.stage = None;
+            if let Some(stage) = &mut self.status.stage {
+                stage.step = Step::Restoring;
+            }
             let (wanted, remove) = self.sequenced();
             (wanted.iter().map(|wanted| render(self.rollout, wanted)).collect(), remove)
         } else if self.rollout.deletion_policy == DeletionPolicy::Delete {
@@ -1490,6 +1637,7 @@ impl Machine<'_> {
         Plan {
             status: self.snapshot.status.clone(),
             targets,
+            scale: None,
             remove,
             answered: vec![],
             release,
@@ -1498,8 +1646,14 @@ impl Machine<'_> {
     }
 
     fn plan(mut self) -> Plan {
+        if let Some(why) = &self.snapshot.refused {
+            self.stall = Some(Refusal {
+                reason: "ApplyRefused",
+                message: format!("{why}; mend what it names, and the rollout goes on by itself"),
+            });
+        }
         let (wanted, remove) = self.sequenced();
-        let targets = wanted.iter().map(|wanted| render(self.rollout, wanted)).collect();
+        let targets: Vec<_> = wanted.iter().map(|wanted| render(self.rollout, wanted)).collect();
         let note = self.note();
         let wake = self.wake(&remove);
         if let Some(stall) = &self.stall
@@ -1512,10 +1666,18 @@ impl Machine<'_> {
         }
         self.status.next_decision_at = Some(Time(wake));
         self.status.phase = self.phase();
-        report::weight(&mut self.status, self.rollout, self.snapshot);
+        report::weight(&mut self.status, self.rollout, self.snapshot, &targets);
         report::summary(&mut self.status);
         report::progress(&mut self.status, self.stall.as_ref(), &note, self.now);
-        Plan { status: self.status, targets, remove, answered: self.answered, release: false, wake }
+        Plan {
+            status: self.status,
+            targets,
+            scale: None,
+            remove,
+            answered: self.answered,
+            release: false,
+            wake,
+        }
     }
 
     fn phase(&self) -> Phase {

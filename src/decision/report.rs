@@ -9,7 +9,7 @@ use k8s_openapi::{
 
 use super::{
     judge::pooled,
-    render::Variant,
+    render::{Target, Variant},
     resolve::{Place, Refusal, Rollout},
     snapshot::Snapshot,
 };
@@ -103,7 +103,7 @@ fn set(status: &mut RolloutStatus, kind: &str, is: bool, reason: &str, message: 
 }
 
 /// The weight that is asked for and the one that the serving pods give.
-pub fn weight(status: &mut RolloutStatus, rollout: &Rollout, snapshot: &Snapshot) {
+pub fn weight(status: &mut RolloutStatus, rollout: &Rollout, snapshot: &Snapshot, targets: &[Target]) {
     let serving = |variant: &Variant| snapshot.variants.get(variant).map_or(0, |seen| seen.serving());
     let all: i32 = Variant::PRODUCTION.iter().map(serving).sum();
     let share = |pods: i32| if all == 0 { 0.0 } else { 100.0 * f64::from(pods) / f64::from(all) };
@@ -113,7 +113,12 @@ pub fn weight(status: &mut RolloutStatus, rollout: &Rollout, snapshot: &Snapshot
         .and_then(|stage| rollout.stages.iter().find(|planned| planned.name == stage.name));
     let (desired, effective) = match (&status.stage, planned.map(|planned| &planned.place)) {
         (None, _) if status.phase == Phase::Completed => (100, share(all)),
-        (Some(stage), _) if stage.step == Step::Promoting => (100, share(serving(&Variant::Canary))),
+        (Some(stage), _) if stage.step == Step::Promoting => {
+            let stable = targets.iter().find(|target| target.variant == Variant::Stable);
+            let seen = snapshot.variants.get(&Variant::Stable);
+            let taken = stable.zip(seen).map_or(0, |(target, seen)| seen.taken(target));
+            (100, share(serving(&Variant::Canary) + taken))
+        }
         (Some(stage), Some(Place::Weight(weight))) if stage.step != Step::Restoring => {
             (*weight, share(serving(&Variant::Canary)))
         }
@@ -204,9 +209,9 @@ pub fn credit(
     benefits.push(Benefit { kpi: kpi.to_owned(), optimizations, stages, overall });
 }
 
-/// Tells each optimization what it alone has brought.
+/// Tells each optimization of the pass what it alone has brought.
 pub fn benefits(status: &mut RolloutStatus) {
-    for optimization in &mut status.optimizations {
+    for optimization in status.optimizations.iter_mut().filter(|o| o.state == OptimizationState::Active) {
         let own =
             status.benefits.iter().filter(|benefit| benefit.optimizations == [optimization.name.clone()]);
         let told: Vec<_> =
@@ -255,6 +260,7 @@ fn without_ticks(status: &RolloutStatus) -> RolloutStatus {
             owner: kpi.owner.take(),
             verdict: kpi.verdict,
             reason: kpi.reason,
+            reads: std::mem::take(&mut kpi.reads),
             since: kpi.since.take(),
             message: String::new(),
             canary: None,

@@ -11,7 +11,7 @@ use synthex_runtime::config::Config;
 use super::{judge::Kpi, replicas};
 use crate::api::{
     Analysis, Approval, Comparison, DeletionPolicy, Duration, ErrorRatio, Object, OptimizationRollout,
-    Staging,
+    Staging, Track,
 };
 
 /// A specification that has been found sound, with the operator's defaults filled in.
@@ -96,6 +96,16 @@ pub enum Place {
     Staging(Staging),
     /// In production, with this percentage of traffic on the canary.
     Weight(i32),
+}
+
+impl Place {
+    /// The track on which a stage at this place runs.
+    pub fn track(&self) -> Track {
+        match self {
+            Self::Staging(_) => Track::Staging,
+            Self::Weight(_) => Track::Production,
+        }
+    }
 }
 
 /// Why a specification cannot be followed, and what to change.

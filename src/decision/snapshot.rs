@@ -16,6 +16,8 @@ pub struct Snapshot {
     pub verbs: Vec<Verb>,
     /// Since when the resource is being deleted.
     pub deleting_since: Option<Timestamp>,
+    /// What the API server says against the last writes, where it has refused one.
+    pub refused: Option<String>,
     /// The variants that exist.
     pub variants: BTreeMap<Variant, Observed>,
 }
@@ -109,15 +111,20 @@ impl Observed {
 
     /// Whether exactly the wanted pods exist, each Ready, of the wanted template and with the wanted configuration in force.
     pub fn exposed(&self, target: &Target) -> bool {
-        let hash = target.config.as_ref().map(|(_, hash)| hash);
         self.replicas == target.replicas
             && count(self.pods.iter()) == target.replicas
-            && self.pods.iter().all(|pod| {
-                pod.ready
-                    && !pod.terminating
-                    && pod.template == target.template
-                    && hash.is_none_or(|hash| pod.config.as_ref() == Some(hash))
-            })
+            && self.taken(target) == target.replicas
+    }
+
+    /// Pods that serve with the wanted template and configuration.
+    pub fn taken(&self, target: &Target) -> i32 {
+        let hash = target.config.as_ref().map(|(_, hash)| hash);
+        count(self.pods.iter().filter(|pod| {
+            pod.ready
+                && !pod.terminating
+                && pod.template == target.template
+                && hash.is_none_or(|hash| pod.config.as_ref() == Some(hash))
+        }))
     }
 }
 

@@ -20,6 +20,13 @@ pub type Objects = BTreeMap<(String, String), Value>;
 pub enum Write<'a> {
     /// Server-side apply of a body.
     Apply(&'a Value),
+    /// Replicas of a Deployment, and nothing else of it.
+    Scale {
+        /// Name.
+        deployment: String,
+        /// Its replicas.
+        replicas: i32,
+    },
     /// A new value of a pod's annotation, so that the kubelet remounts the pod's configuration at once (0.2 s instead of up to a
     /// minute).
     Touch {
@@ -58,6 +65,8 @@ pub fn writes<'a>(
 ) -> Vec<Write<'a>> {
     let missing = |body: &Value| !objects.get(&key(body)).is_some_and(|seen| stands(seen, body));
     let mut writes = vec![];
+    let deployment = Variant::Stable.object_name(rollout);
+    writes.extend(plan.scale.map(|replicas| Write::Scale { deployment, replicas }));
     for target in &plan.targets {
         let before = writes.len();
         writes.extend(of_kind(target, "ConfigMap").filter(|body| missing(body)).map(Write::Apply));

@@ -20,16 +20,25 @@ use crate::decision::{
 /// Owner of the fields that the operator writes.
 pub const FIELD_MANAGER: &str = "synthex-operator";
 
-/// Sends writes, in their order.
+/// Sends writes, in their order. One that the API server refuses does not keep the others back, each of which is safe by itself.
+///
+/// # Errors
+/// The first refusal, once all have been tried; any other error at once.
 pub async fn apply(client: &Client, namespace: &str, writes: &[Write<'_>]) -> Result<(), Error> {
+    let mut refused = Ok(());
     for write in writes {
-        match write {
-            Write::Apply(body) => apply_one(client, namespace, body).await?,
-            Write::Touch { pod, value } => touch(client, namespace, pod, value).await?,
-            Write::Delete { kind, name } => delete(client, namespace, kind, name).await?,
+        let written = match write {
+            Write::Apply(body) => apply_one(client, namespace, body).await,
+            Write::Scale { deployment, replicas } => scale(client, namespace, deployment, *replicas).await,
+            Write::Touch { pod, value } => touch(client, namespace, pod, value).await,
+            Write::Delete { kind, name } => delete(client, namespace, kind, name).await,
+        };
+        match written {
+            Err(error) if error.refused().is_some() => refused = refused.and(Err(error)),
+            other => other?,
         }
     }
-    Ok(())
+    refused
 }
 
 async fn apply_one(client: &Client, namespace: &str, body: &Value) -> Result<(), Error> {
@@ -38,6 +47,14 @@ async fn apply_one(client: &Client, namespace: &str, body: &Value) -> Result<(),
     timed("apply", api.patch(&name, &PatchParams::apply(FIELD_MANAGER).force(), &Patch::Apply(body))).await?;
     tracing::debug!(kind, name, "applied");
     Ok(())
+}
+
+async fn scale(client: &Client, namespace: &str, deployment: &str, replicas: i32) -> Result<(), Error> {
+    let body = json!({ "spec": { "replicas": replicas } });
+    let how = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
+    let api = Api::<Deployment>::namespaced(client.clone(), namespace);
+    let patched = timed("patch", api.patch_metadata(deployment, &how, &Patch::Merge(&body))).await;
+    gone_is_fine(patched.map(drop))
 }
 
 async fn touch(client: &Client, namespace: &str, pod: &str, value: &str) -> Result<(), Error> {

@@ -47,6 +47,14 @@ impl Error {
         self.refusal().is_some_and(Status::is_conflict)
     }
 
+    /// What the API server says where it refuses a request for what is in it, and will again until somebody changes something.
+    pub fn refused(&self) -> Option<String> {
+        let lasting = |status: &&Status| {
+            matches!(status.code, 400..500) && ![404, 408, 409, 429].contains(&status.code)
+        };
+        self.refusal().filter(lasting).map(|_| self.to_string())
+    }
+
     /// Kind of the error, as a closed set of metric labels.
     pub fn kind(&self) -> &'static str {
         match self {

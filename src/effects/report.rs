@@ -49,6 +49,8 @@ pub async fn announce(
             | What::OptimizationRolledBack
             | What::Aborted
             | What::VerbRefused
+            | What::Warned
+            | What::KpiUnreadable
             | What::RolledBack
             | What::Stalled
     );

@@ -36,6 +36,7 @@ pub fn print(seed: u64, ticks: usize) {
         let preflight = Preflight {
             kpi: kpi.name.clone(),
             track: Track::Production,
+            reads: String::new(),
             until: 0,
             pods: 200,
             cautious_until: None,

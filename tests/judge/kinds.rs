@@ -25,6 +25,7 @@ fn learned(pods: i32, spread: &[f64], bounds: &[&str]) -> Preflight {
     Preflight {
         kpi: "k".to_owned(),
         track: Track::Production,
+        reads: String::new(),
         until: 0,
         pods,
         cautious_until: None,

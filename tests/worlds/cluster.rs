@@ -181,6 +181,13 @@ impl Cluster {
     pub fn write(&mut self, write: &Write<'_>, now: i64) {
         match write {
             Write::Apply(body) => self.apply(body, now),
+            Write::Scale { deployment, replicas } => {
+                if let Some(there) = self.deployments.get(deployment) {
+                    let mut body = there.body.clone();
+                    body["spec"]["replicas"] = serde_json::json!(replicas);
+                    self.apply(&body, now);
+                }
+            }
             Write::Touch { pod, .. } => {
                 // Now and then the kubelet's own watch lags, and the touch remounts what was there before.
                 let lost = self.rng.chance(0.05);
@@ -324,6 +331,12 @@ impl Cluster {
             && pod.terminating.is_none()
             && !pod.failed
             && !self.down.contains(&pod.node)
+    }
+
+    /// Pods of a Deployment that serve.
+    pub fn serving_of(&self, deployment: &str) -> i32 {
+        let serving = |pod: &&Pod| pod.deployment == deployment && self.is_serving(pod);
+        self.pods.values().filter(serving).count() as i32
     }
 
     /// Production pods that serve.

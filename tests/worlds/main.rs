@@ -16,9 +16,10 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
+use prometheus::Health;
 use scenarios::{Expect, Kind, scenario};
 use synthex_operator::api::{OptimizationState, Phase, What};
-use world::{Outcome, World};
+use world::{Act, Outcome, World};
 
 fn count(default: u64) -> u64 {
     std::env::var("SYNTHEX_WORLDS").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -94,11 +95,12 @@ fn live(kind: Kind, worlds: u64) -> Vec<(Expect, Outcome)> {
     let mut found = found.into_inner().unwrap();
     found.sort_by_key(|(seed, ..)| *seed);
     let mut failures = vec![];
-    let (mut seconds, mut reconciliations, mut writes) = (0, 0, 0);
+    let (mut seconds, mut reconciliations, mut writes, mut statuses) = (0, 0, 0, 0);
     for (seed, expect, outcome) in &found {
         seconds += outcome.seconds;
         reconciliations += outcome.reconciliations;
         writes += outcome.writes;
+        statuses += outcome.status_writes;
         let wrong = judged(expect, outcome);
         if !wrong.is_empty() {
             failures.push((*seed, wrong, tail(outcome)));
@@ -107,7 +109,7 @@ fn live(kind: Kind, worlds: u64) -> Vec<(Expect, Outcome)> {
         }
     }
     println!(
-        "{kind:?}: {} worlds, {seconds} simulated seconds, {reconciliations} reconciliations, {writes} writes",
+        "{kind:?}: {} worlds, {seconds} simulated seconds, {reconciliations} reconciliations, {writes} writes, {statuses} of them of the status",
         found.len()
     );
     for (seed, wrong, _) in failures.iter().skip(1).take(20) {
@@ -247,6 +249,28 @@ fn a_crash_after_every_write() {
             }
         });
         println!("{kind:?}: a crash after every {every}. of {} writes", calm.writes);
+    }
+}
+
+/// What lasts has its consequence, however often it is looked at, and a look alone is no write.
+#[test]
+fn a_long_outage_stalls_and_writes_little() {
+    for health in [Health::Unreachable, Health::Blind, Health::Malformed] {
+        let (mut setup, _) = scenario(Kind::Healthy, 1_000_000);
+        (setup.crashes, setup.failing, setup.slow) = (0.0, 0.0, 0.0);
+        setup.script.clear();
+        let calm = World::new(setup.clone()).run();
+        setup.script = vec![(150, Act::Telemetry(health)), (2000, Act::Telemetry(Health::Well))];
+        let outcome = World::new(setup).run();
+        let told = tail(&outcome);
+        assert_eq!(outcome.violations, Vec::<String>::new(), "{health:?}\n{told}");
+        let at = |what: What| outcome.decided.iter().position(|(decided, _)| *decided == what);
+        let why = &outcome.decided[at(What::Stalled).unwrap_or_else(|| panic!("{health:?}\n{told}"))].1;
+        assert!(why.starts_with("TelemetryUnavailable"), "{why}");
+        assert!(at(What::Resumed) > at(What::Stalled), "{told}");
+        assert_eq!(outcome.status.phase, Phase::Completed, "{told}");
+        let more = outcome.status_writes.saturating_sub(calm.status_writes);
+        assert!(more <= 20, "{health:?}: {more} more status writes in 370 ticks without samples\n{told}");
     }
 }
 

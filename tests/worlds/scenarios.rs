@@ -337,7 +337,12 @@ pub fn scenario(kind: Kind, seed: u64) -> (Setup, Expect) {
         }
         Kind::Deletion => {
             spec["deletionPolicy"] = json!(rng.pick(&["Orphan", "Delete"]));
-            script.push((rng.range(1, 900), Act::Delete));
+            let time = rng.range(1, 900);
+            // A mistake that the API server cannot see, which the user does not mend before.
+            if rng.chance(0.4) {
+                script.push((time - rng.range(0, 60), Act::Base("nonsense", json!(1))));
+            }
+            script.push((time, Act::Delete));
             crashes = 0.02;
             expect.deleted = true;
             // With every watch event lost, only the hourly look finds it.

@@ -114,6 +114,7 @@ pub struct Outcome {
     pub writes: u64,
     pub seconds: i64,
     pub reconciliations: u64,
+    pub status_writes: u64,
     pub trace: Vec<String>,
     pub trace_hash: u64,
     pub forced: bool,
@@ -140,6 +141,7 @@ pub struct World {
     script: Vec<(i64, Act)>,
     written: u64,
     reconciliations: u64,
+    status_writes: u64,
     trace: Vec<String>,
     trace_hash: u64,
     violations: Vec<String>,
@@ -200,6 +202,7 @@ impl World {
             script,
             written: 0,
             reconciliations: 0,
+            status_writes: 0,
             trace: vec![],
             trace_hash: 0xcbf2_9ce4_8422_2325,
             violations: vec![],
@@ -241,6 +244,7 @@ impl World {
             writes: self.written,
             seconds: self.now - begin,
             reconciliations: self.reconciliations,
+            status_writes: self.status_writes,
             trace: self.trace,
             trace_hash: self.trace_hash,
             forced: self.checks.forced,
@@ -514,6 +518,7 @@ impl World {
             status: object.status.clone().unwrap_or_default(),
             verbs: annotations.iter().filter_map(|(key, value)| Verb::parse(key, value)).collect(),
             deleting_since: object.metadata.deletion_timestamp.as_ref().map(|time| time.0),
+            refused: None,
             variants: BTreeMap::new(),
         };
         let objects = self.cluster.objects();
@@ -548,12 +553,10 @@ impl World {
         let (mut snapshot, objects) = self.observe(&object, asks);
         let now = self.clock();
         let plan = match &resolved {
-            Err(refusal) => {
-                machine::refuse(&snapshot, object.metadata.generation.unwrap_or_default(), refusal, now)
-            }
+            Err(refusal) => machine::refuse(&object, &snapshot, refusal, now),
             Ok(rollout) => {
                 let judged = self.judge(rollout, &mut snapshot.status, now);
-                let plan = machine::step(rollout, &snapshot, judged, now);
+                let plan = machine::step(rollout, &snapshot, judged.clone(), now);
                 let foreign: Vec<_> = writes::creates(&objects, &plan)
                     .into_iter()
                     .filter(|key| self.checks.foreign.contains_key(key))
@@ -561,31 +564,35 @@ impl World {
                     .collect();
                 if foreign.is_empty() {
                     if !deleting {
-                        self.check_step(rollout, &object.status.clone().unwrap_or_default(), &plan, now);
+                        self.check_step(
+                            rollout,
+                            &object.status.clone().unwrap_or_default(),
+                            &judged,
+                            &plan,
+                            now,
+                        );
                     }
                     plan
                 } else {
-                    machine::refuse(&snapshot, rollout.generation, &machine::conflict(&foreign), now)
+                    machine::refuse(&object, &snapshot, &machine::conflict(&foreign), now)
                 }
             }
         };
         if !deleting {
             let step = resolved.as_ref().map_or(1, |rollout| rollout.analysis.interval.as_secs() as i64);
             self.record(&object, &plan, step)?;
-        }
-        if let Ok(rollout) = &resolved {
-            let mut writes = writes::writes(&rollout.name, &snapshot, &objects, &plan, now);
-            if deleting && plan.release && object.spec.deletion_policy == DeletionPolicy::Delete {
-                writes = writes::removals(&rollout.name, &objects, &Variant::ALL);
-            }
-            self.apply(rollout, &writes)?;
-        }
-        if !deleting {
             self.announce(&plan)?;
             self.answer(&object, &plan)?;
-        } else if plan.release {
+        }
+        let writes = match deleting && plan.release && object.spec.deletion_policy == DeletionPolicy::Delete {
+            true => writes::removals("w", &objects, &Variant::ALL),
+            false => writes::writes("w", &snapshot, &objects, &plan, now),
+        };
+        self.apply(resolved.as_ref().ok(), &writes)?;
+        if deleting && plan.release {
             self.written("finalizer removed".into(), |world| {
                 world.changes(&object, |_| {})?;
+                world.check_release(&object);
                 world.object = None;
                 Ok(())
             })?;
@@ -617,7 +624,6 @@ impl World {
         let mut judged = self.ask(&inquiry);
         judged.extend(inquiry.waiting);
         judged.extend(unlearned);
-        self.operator.evidence = Some((key, judged.clone()));
         judged
     }
 
@@ -644,13 +650,14 @@ impl World {
             .collect()
     }
 
-    fn apply(&mut self, rollout: &Rollout, writes: &[Write<'_>]) -> Result<(), Stop> {
+    fn apply(&mut self, rollout: Option<&Rollout>, writes: &[Write<'_>]) -> Result<(), Stop> {
         for write in writes {
             let what = match write {
                 Write::Apply(body) => {
                     let (kind, name) = writes::key(body);
                     format!("apply {kind} {name} replicas {}", body["spec"]["replicas"])
                 }
+                Write::Scale { deployment, replicas } => format!("scale {deployment} to {replicas}"),
                 Write::Touch { pod, .. } => format!("touch {pod}"),
                 Write::Delete { kind, name } => format!("delete {kind} {name}"),
             };
@@ -679,10 +686,12 @@ impl World {
                 let text = serde_json::to_string(&plan.status).expect("a status is JSON");
                 let status: RolloutStatus = serde_json::from_str(&text).expect("a status reads back");
                 world.changes(object, |stored| stored.status = Some(status.clone()))?;
+                world.status_writes += 1;
                 world.check_status(&status);
                 Ok(())
             })?;
         }
+        self.operator.evidence = Some((machine::evidence_key(&plan.status), plan.status.kpis.clone()));
         Ok(())
     }
 
@@ -777,7 +786,14 @@ impl World {
     }
 
     /// I1 and I6: a stage is left upwards only with proof, found again from nothing but Prometheus.
-    fn check_step(&mut self, rollout: &Rollout, before: &RolloutStatus, plan: &Plan, now: Timestamp) {
+    fn check_step(
+        &mut self,
+        rollout: &Rollout,
+        before: &RolloutStatus,
+        judged: &[KpiStatus],
+        plan: &Plan,
+        now: Timestamp,
+    ) {
         let last = before.decisions.last().map_or(0, |decision| decision.id);
         let new: Vec<_> = plan.status.decisions.iter().filter(|decision| decision.id > last).collect();
         let passed = new.iter().any(|decision| decision.what == What::StagePassed);
@@ -825,11 +841,18 @@ impl World {
         self.checks.license = target;
         let forced = stage.promoted == Some(Promotion::Forced)
             || new.iter().any(|decision| decision.what == What::PromotedByUser);
-        self.check_proof(rollout, before, forced, now);
+        self.check_proof(rollout, before, judged, forced, now);
         self.checks.edited_in_stage = false;
     }
 
-    fn check_proof(&mut self, rollout: &Rollout, before: &RolloutStatus, forced: bool, now: Timestamp) {
+    fn check_proof(
+        &mut self,
+        rollout: &Rollout,
+        before: &RolloutStatus,
+        live: &[KpiStatus],
+        forced: bool,
+        now: Timestamp,
+    ) {
         let Some(stage) = before.stage.clone() else { return };
         let fresh = RolloutStatus { kpis: vec![], ..before.clone() };
         // Where the pass was planned on another grid point than now, the evidence is that of a moment ago; both must pass.
@@ -851,9 +874,8 @@ impl World {
                     stage.name, kpi.name, found.verdict, found.message
                 ));
             }
-            let live = self.operator.evidence.as_ref().and_then(|(_, kpis)| {
-                kpis.iter().find(|known| known.name == kpi.name).and_then(|known| known.evidence.clone())
-            });
+            let live =
+                live.iter().find(|known| known.name == kpi.name).and_then(|known| known.evidence.clone());
             if live.is_some() && live != found.evidence && !self.checks.edited_in_stage {
                 self.violated(format!(
                     "I5: evidence of {} gathered step by step {live:?} is not that of one look {:?}",
@@ -877,9 +899,35 @@ impl World {
         }
     }
 
+    /// I4 once the object is gone: what it owned goes with it, so that stable alone serves as many as are the user's.
+    fn check_release(&mut self, object: &OptimizationRollout) {
+        let since = object.metadata.deletion_timestamp.as_ref().map_or(self.now, |time| time.0.as_second());
+        if object.spec.deletion_policy == DeletionPolicy::Delete
+            || !self.cluster.deployments.contains_key("w")
+            || self.now < self.meddled_until
+            || self.now - since >= 600
+        {
+            return;
+        }
+        let serving = self.cluster.serving_of("w");
+        let excused = self.cluster.broken() + self.cluster.own_losses.len() as i32;
+        if serving + excused < self.cluster.floor {
+            let floor = self.cluster.floor;
+            self.violated(format!(
+                "I4: the rollout is let go with {serving} pods of stable, {floor} are the user's"
+            ));
+        }
+    }
+
     /// I1, I2 and I8 at every write to a child.
-    fn check_write(&mut self, rollout: &Rollout, write: &Write<'_>) {
+    fn check_write(&mut self, rollout: Option<&Rollout>, write: &Write<'_>) {
         match write {
+            Write::Scale { deployment, .. } => {
+                self.cluster.read = (self.now, self.read);
+                if deployment != "w" || !self.checks.deleting {
+                    self.violated(format!("I4: {deployment} is scaled, and the rollout does not end"));
+                }
+            }
             Write::Touch { pod, .. } => {
                 let ours = Variant::ALL
                     .iter()
@@ -902,7 +950,7 @@ impl World {
                 if kind == "ConfigMap" {
                     self.check_config(&name, body);
                 }
-                if kind == "Deployment" {
+                if let ("Deployment", Some(rollout)) = (kind.as_str(), rollout) {
                     self.cluster.read = (self.now, self.read);
                     self.check_replicas(rollout, &name, body);
                 }

@@ -33,7 +33,7 @@ pub const Z: f64 = 3.5;
 /// Log evidence at which a KPI alarms: ln(1/alpha), where alpha is this KPI's share in this stage and attempt.
 ///
 /// `probability`, that a healthy rollout is ever rolled back, is spent evenly over stages and over KPIs by their weight (`share`, all
-/// together 1). The first attempt of a pass has nine tenths of it, since most passes need no other; all that there may ever be after
+/// together 1). The first attempt at a stage has nine tenths of it, since most stages need no other; all that there may ever be after
 /// it have the rest.
 pub fn alarm_at(probability: f64, share: f64, stages: usize, attempt: i32) -> f64 {
     (stages.max(1) as f64 / (probability * share * mostly_first(attempt))).ln()

@@ -525,6 +525,7 @@ impl Trial {
             owner: self.kpi.owner.clone(),
             verdict,
             reason,
+            reads: String::new(),
             since: None,
             message,
             canary: finding.canary.map(rounded),

@@ -98,6 +98,7 @@ impl Lesson {
         let nothing = Preflight {
             kpi: self.kpi.name.clone(),
             track: self.track,
+            reads: String::new(),
             until: self.until,
             pods: 0,
             cautious_until: None,

@@ -206,6 +206,7 @@ mod tests {
         let learned = |native| api::Preflight {
             kpi: "errors".to_owned(),
             track: api::Track::Production,
+            reads: String::new(),
             until: 0,
             pods: 0,
             cautious_until: None,
