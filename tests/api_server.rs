@@ -257,6 +257,86 @@ fn the_operator_refuses_what_the_api_server_cannot_see() {
     assert_eq!(namespace.kubectl(&["get", "deployments,services", "--output=name"]).unwrap(), "");
 }
 
+/// A pod template that only the API server knows to be wrong: said, with verbs answered meanwhile, and gone on from once mended.
+#[test]
+#[ignore = "needs a cluster: run by cargo cluster test"]
+fn what_the_api_server_refuses_is_said_until_it_is_mended() {
+    let (cluster, namespace) = start("refused");
+    let _operator = Operator::start(&cluster, &namespace);
+    let never = json!({ "spec": { "restartPolicy": "Never" } });
+    namespace.apply(&with("workload/runtime/podTemplate", never).to_string()).unwrap();
+    let stalled = |status: &str, reason: &str, says: &str| {
+        cluster
+            .eventually(reason, namespace.name(), SOON, || {
+                let stalled = condition(&namespace, "experts", "Stalled")?;
+                let told = stalled["status"] == status && stalled["reason"] == reason;
+                anyhow::ensure!(told && stalled["message"].to_string().contains(says), "{stalled}");
+                Ok(())
+            })
+            .unwrap();
+    };
+    stalled("True", "ApplyRefused", "restartPolicy");
+    namespace.kubectl(&["annotate", "oro", "experts", "synthex.io/rollback=nothing"]).unwrap();
+    cluster
+        .eventually("an answer", namespace.name(), SOON, || {
+            let events =
+                namespace.kubectl(&["get", "events.events.k8s.io", "--output=jsonpath={..reason}"])?;
+            anyhow::ensure!(events.contains("VerbRefused") && events.contains("Stalled"), "{events}");
+            Ok(())
+        })
+        .unwrap();
+    namespace.apply(&rollout().to_string()).unwrap();
+    stalled("False", "AsExpected", "");
+}
+
+/// The user's mistake is not mended, and the object is deleted: stable has its replicas back before it is let go.
+#[test]
+#[ignore = "needs a cluster: run by cargo cluster test"]
+fn a_rollout_that_cannot_be_followed_is_deleted_without_loss() {
+    let (cluster, namespace) = start("lost");
+    let _operator = Operator::start(&cluster, &namespace);
+    let replicas = |wanted: &str| {
+        cluster
+            .eventually("stable's replicas", namespace.name(), SOON, || {
+                let there = namespace.kubectl(&[
+                    "get",
+                    "deployment",
+                    "experts",
+                    "--output=jsonpath={.spec.replicas}",
+                ])?;
+                anyhow::ensure!(there == wanted, "{there}");
+                Ok(())
+            })
+            .unwrap();
+    };
+    namespace.apply(&rollout().to_string()).unwrap();
+    replicas("10");
+    namespace.apply(&with("workload/runtime/config/experts", json!([])).to_string()).unwrap();
+    cluster
+        .eventually("the refusal", namespace.name(), SOON, || {
+            let stalled = condition(&namespace, "experts", "Stalled")?;
+            anyhow::ensure!(stalled["reason"] == "InvalidConfig", "{stalled}");
+            Ok(())
+        })
+        .unwrap();
+    namespace.kubectl(&["scale", "deployment", "experts", "--replicas=1"]).unwrap();
+    replicas("1");
+    namespace.kubectl(&["delete", "oro", "experts", "--wait=false"]).unwrap();
+    replicas("10");
+    // No pod runs here, so that it waits for them: it is still there.
+    namespace.kubectl(&["get", "oro", "experts"]).unwrap();
+    namespace
+        .kubectl(&[
+            "patch",
+            "oro",
+            "experts",
+            "--type=merge",
+            "--patch",
+            "{\"metadata\":{\"finalizers\":null}}",
+        ])
+        .unwrap();
+}
+
 #[test]
 #[ignore = "needs a cluster: run by cargo cluster test"]
 fn objects_of_others_are_not_touched() {

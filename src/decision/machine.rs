@@ -435,7 +435,7 @@ pub fn refuse(object: &OptimizationRollout, snapshot: &Snapshot, refusal: &Refus
     Plan {
         status,
         targets: vec![],
-        scale: put_back.then_some(replicas),
+        scale: stable.filter(|seen| put_back && seen.replicas != replicas).map(|_| replicas),
         remove: vec![],
         answered: snapshot.verbs.clone(),
         release: snapshot.deleting_since.is_some() && !put_back,
@@ -510,12 +510,14 @@ impl Machine<'_> {
     /// Takes what the judges say, and since when they give this reason. A query that must be mended is said at once, once.
     fn take(&mut self, judged: Vec<KpiStatus>) {
         let before = std::mem::replace(&mut self.status.kpis, judged);
+        // In whole seconds, as it is stored: what is kept in memory beside it must not differ.
+        let now = Timestamp::from_second(self.now.as_second()).unwrap_or(self.now);
         let mut unreadable = vec![];
         for kpi in &mut self.status.kpis {
             let defined = self.rollout.all_kpis().find(|defined| defined.name == kpi.name);
             kpi.reads = defined.map(reads).unwrap_or_default();
             let known = before.iter().find(|known| known.name == kpi.name && known.reason == kpi.reason);
-            kpi.since = known.and_then(|known| known.since.clone()).or(Some(Time(self.now)));
+            kpi.since = known.and_then(|known| known.since.clone()).or(Some(Time(now)));
             if known.is_none() && kpi.reason == Cause::Malformed {
                 unreadable
                     .push(format!("{} cannot be read, and the rollout holds: {}", kpi.name, kpi.message));

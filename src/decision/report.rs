@@ -242,7 +242,7 @@ pub fn worth_writing(stored: &RolloutStatus, new: &RolloutStatus, step: i64) -> 
     };
     let ahead = match (last_tick(stored), last_tick(new)) {
         (Some(stored), Some(new)) => new - stored >= CHECKPOINT_TICKS * step,
-        (stored, new) => stored != new,
+        (stored, new) => stored.is_some() != new.is_some(),
     };
     ahead || without_ticks(stored) != without_ticks(new)
 }

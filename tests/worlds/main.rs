@@ -270,7 +270,8 @@ fn a_long_outage_stalls_and_writes_little() {
         assert!(at(What::Resumed) > at(What::Stalled), "{told}");
         assert_eq!(outcome.status.phase, Phase::Completed, "{told}");
         let more = outcome.status_writes.saturating_sub(calm.status_writes);
-        assert!(more <= 20, "{health:?}: {more} more status writes in 370 ticks without samples\n{told}");
+        // A checkpoint every twenty ticks, and what changes when samples end and come again.
+        assert!(more <= 370 / 20 + 10, "{health:?}: {more} more status writes in 370 ticks\n{told}");
     }
 }
 
