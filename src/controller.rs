@@ -52,11 +52,11 @@ pub struct Context {
     /// The KPIs of the last plan that was recorded, by uid: evidence since the last checkpoint. Lost at a restart, and then folded
     /// again from Prometheus.
     evidence: Mutex<HashMap<String, (String, Vec<KpiStatus>)>>,
-    /// What the API server said of the last write, where it refused it, by uid.
-    refused: Mutex<HashMap<String, String>>,
+    /// What the API server said against the last writes, where it refused one, by uid. Absent before the first.
+    refused: Mutex<HashMap<String, Option<String>>>,
     /// Highest decision announced, by uid.
     announced: Mutex<HashMap<String, i64>>,
-    prometheus: Mutex<BTreeMap<(String, u64), Arc<Prometheus>>>,
+    prometheus: Mutex<BTreeMap<(String, Duration), Prometheus>>,
 }
 
 impl Context {
@@ -163,7 +163,9 @@ async fn reconcile(
         .map(|rollout| rollout.admin_port);
     let mut world = observe::observe(&context.client, &context.http, &object, asks).await?;
     let uid = object.uid().unwrap_or_default();
-    world.snapshot.refused = lock(&context.refused).get(&uid).cloned();
+    // After a restart what the status says of it stands until it is tried again.
+    let refused = lock(&context.refused).get(&uid).cloned();
+    world.snapshot.refused = refused.unwrap_or_else(|| machine::refused_before(&world.snapshot.status));
     let now = clock::now();
     let plan = match &resolved {
         Err(refusal) => machine::refuse(&object, &world.snapshot, refusal, now),
@@ -184,8 +186,6 @@ async fn reconcile(
         // What was decided is written before it is done: nothing is done that a restart does not know, or that the user has
         // overruled meanwhile.
         context.record(&object, &plan, step).await?;
-        context.announce(&object, &plan).await?;
-        report::answer(&context.client, &object, &plan.answered).await?;
     }
     let name = object.name_any();
     let writes = match deleting && plan.release && object.spec.deletion_policy == DeletionPolicy::Delete {
@@ -193,16 +193,25 @@ async fn reconcile(
         false => writes::writes(&name, &world.snapshot, &world.objects, &plan, now),
     };
     let applied = apply::apply(&context.client, &object.namespace().unwrap_or_default(), &writes).await;
-    match applied.as_ref().err().and_then(Error::refused) {
-        Some(why) => lock(&context.refused).insert(uid.clone(), why),
-        None => lock(&context.refused).remove(&uid),
-    };
+    let refused = applied.as_ref().err().and_then(Error::refused);
+    if applied.is_ok() || refused.is_some() {
+        lock(&context.refused).insert(uid.clone(), refused);
+    }
+    // What was decided is told, though it could not be done yet.
+    if !deleting {
+        context.announce(&object, &plan).await?;
+        report::answer(&context.client, &object, &plan.answered).await?;
+    }
     applied?;
     if deleting && plan.release {
         report::finalizer(&context.client, &object, false).await?;
         context.forget(&uid);
     }
     drop(timer);
+    // Nobody tells that what was refused has been accepted.
+    if world.snapshot.refused.is_some() && !deleting {
+        return Ok(Action::requeue(Duration::ZERO));
+    }
     let wait = plan.wake.duration_since(clock::now());
     Ok(Action::requeue(Duration::try_from(wait).unwrap_or(Duration::ZERO)))
 }
@@ -222,7 +231,7 @@ impl Context {
         {
             status.kpis.clone_from(kpis);
         }
-        let prometheus = self.prometheus(rollout);
+        let prometheus = self.prometheus(rollout).map(|prometheus| prometheus.round());
         let unlearned = learn(&prometheus, rollout, status, now).await;
         let Some(mut inquiry) = machine::inquiry(rollout, status, now) else { return status.kpis.clone() };
         let mut judged = match &prometheus {
@@ -248,18 +257,17 @@ impl Context {
         judged
     }
 
-    fn prometheus(&self, rollout: &Rollout) -> Result<Arc<Prometheus>, String> {
-        let key = (rollout.prometheus_url.clone(), rollout.prometheus_timeout.as_secs());
+    fn prometheus(&self, rollout: &Rollout) -> Result<Prometheus, String> {
+        let timeout = rollout.prometheus_timeout.std();
+        let key = (rollout.prometheus_url.clone(), timeout);
         let mut clients = lock(&self.prometheus);
         if let Some(client) = clients.get(&key) {
             return Ok(client.clone());
         }
-        let client = Prometheus::new(&rollout.prometheus_url, rollout.prometheus_timeout.std())
-            .map_err(|error| error.to_string())?;
+        let client = Prometheus::new(&rollout.prometheus_url, timeout).map_err(|error| error.to_string())?;
         if clients.len() >= CLIENTS {
             clients.clear();
         }
-        let client = Arc::new(client);
         clients.insert(key, client.clone());
         Ok(client)
     }
@@ -306,7 +314,7 @@ impl Context {
 /// Learns what is to be known of KPIs before their evidence begins, into the status. Gives back what is said of those of which nothing
 /// can be learned yet.
 async fn learn(
-    prometheus: &Result<Arc<Prometheus>, String>,
+    prometheus: &Result<Prometheus, String>,
     rollout: &Rollout,
     status: &mut RolloutStatus,
     now: k8s_openapi::jiff::Timestamp,

@@ -155,6 +155,19 @@ fn hostile_data_sets_are_refused_with_the_place_and_the_remedy() {
         ("/kpis/0/definition/errorRatio/errors", json!("errors"), &["kpis[0].definition", "$arm"]),
         ("/kpis/0/definition/errorRatio", Value::Null, &["kpis[0].definition", "exactly one of"]),
         ("/kpis/0/definition/errorRatio/tolerance", json!(0.5), &["errorRatio.tolerance", "from 1 to 10"]),
+        (
+            "/kpis/0/definition/errorRatio/minimumEfect",
+            json!(0.01),
+            &["kpis[0].definition", "no field errorRatio.minimumEfect"],
+        ),
+        (
+            "/kpis/0/queries/1/series",
+            json!([
+                {"pod": "a", "labels": "code=200", "le": "+Inf", "samples": [[0, 0]]},
+                {"pod": "a", "labels": "code=500", "le": "+Inf", "samples": [[0, 0]]},
+            ]),
+            &["[1]", "this bucket of the pod is there twice", "by histogram"],
+        ),
         ("/kpis/0/alarmAt", json!(-1), &["alarmAt must be above 0"]),
         ("/kpis/0/until", json!(0), &["until must be from + a whole number of steps"]),
         ("/kpis/0/until", json!(31), &["until must be from + a whole number of steps"]),
@@ -658,15 +671,33 @@ async fn verbs_are_annotations_put_under_the_plugin_s_own_name() {
     ];
     let meta = json!({
         "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata",
-        "metadata": {"name": "experts", "namespace": "shop"},
+        "metadata": {"name": "experts", "namespace": "shop", "resourceVersion": "7"},
     });
+    let rollout = "/apis/synthex.io/v1alpha1/namespaces/shop/optimizationrollouts/experts";
+    let reads = |meta: &Value| {
+        let answer = ResponseTemplate::new(200).set_body_json(meta);
+        Mock::given(matchers::method("GET")).and(matchers::path(rollout)).respond_with(answer)
+    };
     for (arguments, annotation, value) in cases {
         let server = MockServer::start().await;
+        reads(&meta).mount(&server).await;
+        // The operator has written meanwhile: it is put once more.
         Mock::given(matchers::method("PATCH"))
-            .and(matchers::path("/apis/synthex.io/v1alpha1/namespaces/shop/optimizationrollouts/experts"))
+            .respond_with(ResponseTemplate::new(409).set_body_json(json!({
+                "kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Conflict", "code": 409,
+                "message": "the object has been modified",
+            })))
+            .up_to_n_times(1)
+            .with_priority(1)
+            .mount(&server)
+            .await;
+        Mock::given(matchers::method("PATCH"))
+            .and(matchers::path(rollout))
             .and(matchers::query_param("fieldManager", "kubectl-synthex"))
             .and(matchers::header("content-type", "application/merge-patch+json"))
-            .and(matchers::body_json(json!({"metadata": {"annotations": {annotation: value}}})))
+            .and(matchers::body_json(
+                json!({"metadata": {"resourceVersion": "7", "annotations": {annotation: value}}}),
+            ))
             .respond_with(ResponseTemplate::new(200).set_body_json(&meta))
             .expect(1)
             .mount(&server)
@@ -677,6 +708,15 @@ async fn verbs_are_annotations_put_under_the_plugin_s_own_name() {
         assert!(told.contains(&format!("{annotation}={value}")), "{told}");
         assert!(told.contains("kubectl synthex explain experts -n shop"), "{told}");
     }
+    // Another word of the same kind waits for its answer.
+    let server = MockServer::start().await;
+    let mut waiting = meta.clone();
+    waiting["metadata"]["annotations"] = json!({"synthex.io/rollback": "connections"});
+    reads(&waiting).mount(&server).await;
+    let output = asked(&server, &["rollback", "experts", "memory"]).await;
+    let told = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("synthex.io/rollback=connections has not been answered yet"), "{told}");
 }
 
 #[tokio::test]

@@ -243,7 +243,19 @@ async fn odd_answers_are_malformed() {
             matrix(r#"[{"metric":{"pod":"a"},"values":[]},{"metric":{"pod":"a"},"values":[]}]"#),
             "twice",
         ),
+        (
+            "a series of two replicas",
+            matrix(
+                r#"[{"metric":{"pod":"a","prometheus_replica":"0"},"values":[]},{"metric":{"pod":"a","prometheus_replica":"1"},"values":[]}]"#,
+            ),
+            "deduplicate",
+        ),
         ("too many series", matrix(&many), "50001 series"),
+        (
+            "a part of the samples",
+            json(r#"{"status":"success","isPartial":true,"data":{"resultType":"matrix","result":[]}}"#),
+            "is partial",
+        ),
         (
             "a warning",
             json(
@@ -364,7 +376,7 @@ async fn a_huge_answer_is_not_read_to_its_end() {
     // Without a length in the head the size is known only once it is read.
     let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n";
     let (url, served) = endless(head, &BLOCK, 50 << 20).await;
-    let why = malformed(client(&url).range(QUERY, 60, 120, 15).await);
+    let why = malformed(client(&url).range(QUERY, 60, 60, 15).await);
     assert!(why.contains("larger than 8 MiB"), "{why}");
     let sent = served.await.unwrap();
     assert!(sent < 32 << 20, "{sent} bytes were taken");
@@ -375,9 +387,75 @@ async fn an_answer_that_says_it_is_huge_is_not_read_at_all() {
     let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 52428800\r\n\r\n";
     let (url, _served) = endless(head, b" ", 1).await;
     let start = Instant::now();
-    let why = malformed(client(&url).range(QUERY, 60, 120, 15).await);
+    let why = malformed(client(&url).range(QUERY, 60, 60, 15).await);
     assert!(why.contains("larger than 8 MiB"), "{why}");
     assert!(start.elapsed() < Duration::from_secs(4), "waited for the body");
+}
+
+/// Answers a range with a sample per tick of a series, and with megabytes where it has more ticks than it may.
+struct Long {
+    most: i64,
+}
+
+impl wiremock::Respond for Long {
+    fn respond(&self, request: &wiremock::Request) -> ResponseTemplate {
+        let body = std::str::from_utf8(&request.body).unwrap();
+        let url = reqwest::Url::parse(&format!("http://x/?{body}")).unwrap();
+        let number = |name: &str| {
+            let value = url.query_pairs().find(|(key, _)| key == name).unwrap().1.into_owned();
+            value.parse::<f64>().unwrap() as i64
+        };
+        let (start, end, step) = (number("start"), number("end"), number("step"));
+        if (end - start) / step + 1 > self.most {
+            return json(&" ".repeat(9 << 20));
+        }
+        let ticks = (start..=end).step_by(step as usize);
+        let values = |from: i64| {
+            let values: Vec<_> = ticks
+                .clone()
+                .filter(|tick| *tick >= from)
+                .map(|tick| format!("[{tick},\"{tick}\"]"))
+                .collect();
+            values.join(",")
+        };
+        // One series is there from the first tick on, one from the middle.
+        let mut result = format!(r#"{{"metric":{{"pod":"b"}},"values":[{}]}}"#, values(0));
+        if !values(6000).is_empty() {
+            result += &format!(r#",{{"metric":{{"pod":"a"}},"values":[{}]}}"#, values(6000));
+        }
+        matrix(&format!("[{result}]"))
+    }
+}
+
+#[tokio::test]
+async fn a_range_whose_answer_is_too_large_is_asked_for_in_pieces() {
+    // 800 ticks: as a whole; in halves, which are three requests; and not even in pieces of an eighth.
+    for (most, expected) in [(1000, 1), (400, 3), (99, 4)] {
+        let server = MockServer::start().await;
+        Mock::given(matchers::method("POST")).respond_with(Long { most }).mount(&server).await;
+        let answer = client(&server.uri()).range(QUERY, 15, 12_000, 15).await;
+        let asked = server.received_requests().await.unwrap().len();
+        assert_eq!(asked, expected, "{most}");
+        if most < 100 {
+            assert!(malformed(answer).contains("larger than 8 MiB"));
+            continue;
+        }
+        let found = series(answer);
+        let pods: Vec<_> = found.iter().map(|series| (series.pod.as_str(), series.points.len())).collect();
+        assert_eq!(pods, [("a", 401), ("b", 800)]);
+        assert!(found.iter().all(|series| series.points.iter().all(|(tick, value)| *tick as f64 == *value)));
+    }
+}
+
+#[tokio::test]
+async fn a_round_of_queries_ends_though_the_server_hangs() {
+    let server = served(matrix("[]").set_delay(Duration::from_secs(60))).await;
+    let client = Prometheus::new(&server.uri(), Duration::from_millis(300)).unwrap().round();
+    let answers = futures::future::join_all((0..40).map(|_| client.range(QUERY, 60, 120, 15))).await;
+    assert!(answers.into_iter().all(|answer| down(answer).contains("did not answer within")));
+    // Eight at once, twice, and eight that begin just before the end.
+    let asked = server.received_requests().await.unwrap().len();
+    assert!(asked <= 24, "{asked}");
 }
 
 #[tokio::test]

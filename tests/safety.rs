@@ -18,6 +18,7 @@ use synthex_operator::{
         judge::{self, Test},
         machine::{self, Plan},
         render::{PROMOTED_ANNOTATION, ROLLED_BACK_ANNOTATION, Variant},
+        report::worth_writing,
         resolve::{Defaults, Refusal, Rollout, resolve},
         snapshot::{Observed, Pod, Snapshot, Verb},
     },
@@ -200,6 +201,10 @@ fn stage(plan: &Plan) -> &str {
 fn stalled(plan: &Plan) -> Option<&str> {
     let condition = plan.status.conditions.iter().find(|c| c.type_ == "Stalled" && c.status == "True")?;
     Some(&condition.reason)
+}
+
+fn stalled_message(status: &RolloutStatus) -> &str {
+    &status.conditions.iter().find(|condition| condition.type_ == "Stalled").unwrap().message
 }
 
 /// One row: its name, the KPIs, and what follows: who is rolled back, the stage, and why it is stalled.
@@ -609,6 +614,10 @@ fn a_kpi_whose_query_is_edited_is_learned_and_judged_afresh() {
     assert_eq!(lessons.iter().map(|lesson| lesson.kpi.name.as_str()).collect::<Vec<_>>(), ["errors"]);
     assert_eq!(judged(&status, "errors"), None);
     assert_eq!(judged(&status, "upstream").unwrap().fresh_ticks, 60);
+    // Another look at the same samples spends the probability once more, and where the new queries have been read this is said.
+    let restarted = plan(&json!({}), healthy(), |snapshot| snapshot.status.kpis[0].reads = "another".into());
+    assert_eq!(restarted.status.decisions[0].what, What::StageRestarted);
+    assert_eq!(restarted.status.decisions[1].basis.as_ref().unwrap().attempt, 2);
     // What is noted of the queries that are in force fits them.
     let wanting = kpi("optional", Some("monitoring"), Verdict::NoData, Cause::CanaryMissing, 0);
     let noted = plan(&json!({}), but(&[wanting]), |_| {}).status;
@@ -625,6 +634,7 @@ fn what_pods_of_both_arms_suffer_is_nobodys_doing() {
     let templates = [template(Variant::Canary), template(Variant::Baseline)];
     let well = || Pod { ready: true, ..Pod::default() };
     let killed = || Pod { oom_killed: true, restarts: 1, ..well() };
+    let starting = || Pod { ready: false, ..Pod::default() };
     let stuck = |seconds| Pod { ready: false, not_ready_since: Some(ago(seconds).0), ..Pod::default() };
     let rows = [
         ("all is well", vec![well()], vec![well()], None),
@@ -639,6 +649,8 @@ fn what_pods_of_both_arms_suffer_is_nobodys_doing() {
         ("not Ready, not yet for long", vec![stuck(119)], vec![well()], None),
         ("not Ready for long", vec![stuck(121)], vec![well()], Some("without being Ready")),
         ("the baseline's is not Ready either, though not for long", vec![stuck(121)], vec![stuck(5)], None),
+        ("the baseline's has not even started", vec![stuck(121)], vec![starting()], None),
+        ("there is no baseline yet", vec![stuck(121)], vec![], None),
         (
             "restarted twice more",
             vec![Pod { restarts: 3, ..well() }],
@@ -708,6 +720,26 @@ fn what_the_api_server_refuses_is_said() {
 }
 
 #[test]
+fn numbers_in_a_message_alone_are_no_write() {
+    let idle = |requests: i64, before: &RolloutStatus| {
+        let idle = kpi("errors", None, Verdict::Inconclusive, Cause::CanaryIdle, 600);
+        let message = format!("the canary had none of {requests} requests");
+        let again = |snapshot: &mut Snapshot| {
+            snapshot.status.decisions.clone_from(&before.decisions);
+            snapshot.status.conditions.clone_from(&before.conditions);
+        };
+        plan(&json!({}), but(&[KpiStatus { message, ..idle }]), again).status
+    };
+    let first = idle(100, &RolloutStatus::default());
+    let other =
+        plan(&json!({}), but(&[kpi("errors", None, Verdict::NoData, Cause::Missing, 1000)]), |_| {}).status;
+    let second = idle(140, &first);
+    assert!(stalled_message(&second).contains("140 requests"));
+    assert!(!worth_writing(&first, &second, 15));
+    assert!(worth_writing(&first, &other, 15));
+}
+
+#[test]
 fn the_last_steps_do_not_hang_in_silence() {
     for step in [Step::Promoting, Step::Restoring] {
         for (seconds, why) in [(500, None), (700, Some("ProgressDeadlineExceeded"))] {
@@ -729,7 +761,9 @@ fn the_last_steps_do_not_hang_in_silence() {
 
 #[test]
 fn an_object_whose_optimizations_have_their_verdicts_says_so_once() {
-    let mut verdicts = (vec!["memory".to_owned()], vec!["connections".to_owned(), "monitoring".to_owned()]);
+    let rollout = rollout(&json!({}));
+    let verdict = |name: &str| format!("{name}={}", rollout.optimization(name).unwrap().config_hash);
+    let mut verdicts = (vec![verdict("memory")], vec![verdict("connections"), verdict("monitoring")]);
     for (what, phase) in [(What::Completed, Phase::Completed), (What::RolledBack, Phase::RolledBack)] {
         let plan = plan(&json!({}), vec![], |snapshot| {
             snapshot.status = RolloutStatus::default();
@@ -740,6 +774,14 @@ fn an_object_whose_optimizations_have_their_verdicts_says_so_once() {
         let promoted = std::mem::take(&mut verdicts.0);
         verdicts.1.extend(promoted);
     }
+    // A verdict on another configuration is none: it has its pass.
+    let plan = plan(&json!({}), vec![], |snapshot| {
+        snapshot.status = RolloutStatus::default();
+        verdicts.0.push("memory=another".into());
+        verdicts.1.retain(|verdict| !verdict.starts_with("memory="));
+        snapshot.variants.get_mut(&Variant::Stable).unwrap().verdicts = verdicts;
+    });
+    assert_eq!(plan.status.decisions[0].why, "stage canary begins with memory");
 }
 
 #[test]
@@ -753,6 +795,27 @@ fn an_object_deleted_in_mid_pass_leaves_no_verdict_that_nobody_gave() {
         (&json!(""), &json!(""))
     );
     assert_eq!(body["spec"]["replicas"], 10);
+    assert_eq!(plan.scale, None);
+}
+
+#[test]
+fn an_object_whose_template_is_refused_is_deleted_without_loss() {
+    for (stable, scale) in [(0, Some(10)), (10, None)] {
+        let plan = plan(&json!({}), healthy(), |snapshot| {
+            snapshot.deleting_since = Some(ago(1).0);
+            snapshot.refused = Some("apply: no such class".into());
+            snapshot.variants.get_mut(&Variant::Stable).unwrap().replicas = stable;
+        });
+        assert_eq!(plan.scale, scale);
+    }
+}
+
+#[test]
+fn what_the_api_server_has_refused_is_known_after_a_restart() {
+    let refused =
+        plan(&json!({}), healthy(), |snapshot| snapshot.refused = Some("apply: no such class".into()));
+    assert_eq!(machine::refused_before(&refused.status).as_deref(), Some("apply: no such class"));
+    assert_eq!(machine::refused_before(&plan(&json!({}), healthy(), |_| {}).status), None);
 }
 
 #[test]

@@ -120,7 +120,11 @@ fn judge(case: &Case) -> Judged {
         });
     }
     let now = Numbers::from(&result);
-    let reproduced = case.decided.as_ref().map(|then| Numbers { from: then.from, ..now } == *then);
+    let reproduced = case.decided.as_ref().map(|then| {
+        // What could not be read at the moment of the decision is no other evidence.
+        let verdict = if unread(then) { then.verdict } else { now.verdict };
+        Numbers { from: then.from, verdict, ..now } == *then
+    });
     Judged {
         name: trial.kpi.name.clone(),
         alarm_at: trial.alarm_at,
@@ -198,7 +202,12 @@ impl Judged {
         let at = self.alarmed.map(|tick| format!(" since {}", date(tick))).unwrap_or_default();
         let _ = write!(text, "  {:?}{at}: {}", self.result.verdict, self.result.message);
         match (self.reproduced, &self.decided) {
-            (Some(true), _) => text.push_str("\n  the operator decided on the same numbers"),
+            (Some(true), then) => {
+                text.push_str("\n  the operator decided on the same numbers");
+                if then.as_ref().is_some_and(unread) {
+                    text.push_str(", and could not read this KPI at that moment");
+                }
+            }
             (Some(false), Some(then)) => {
                 let evidence =
                     then.log_evidence.map(|evidence| format!(", evidence {evidence}")).unwrap_or_default();
@@ -212,6 +221,11 @@ impl Judged {
         }
         text
     }
+}
+
+/// Whether the operator could not read a KPI when it decided.
+fn unread(then: &Numbers) -> bool {
+    matches!(then.verdict, Verdict::TelemetryDown | Verdict::NoData)
 }
 
 /// What kind of test a KPI is, as the custom resource has it.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use kube::{
     Api, Client, Config, ResourceExt,
     api::{Patch, PatchParams},
@@ -14,6 +14,9 @@ use crate::{api::OptimizationRollout, decision::snapshot::Verb, effects::timed};
 
 /// Owner of the annotations that the plugin puts.
 const FIELD_MANAGER: &str = "kubectl-synthex";
+
+/// How often a verb is put where the operator writes the object at the same time.
+const TRIES: u32 = 5;
 
 /// Which cluster and namespace, in kubectl's own words.
 #[derive(clap::Args, Clone, Debug, Default)]
@@ -68,16 +71,35 @@ impl Access {
     /// Puts a verb on a rollout, and says how to see what becomes of it.
     ///
     /// # Errors
-    /// When the API server cannot be reached or refuses.
+    /// When the API server cannot be reached or refuses, or another word of the same kind waits for its answer.
     pub async fn put(&self, name: &str, verb: &Verb) -> Result<String> {
         let word = verb.to_string();
         let value = word.split_once('=').map_or("", |(_, value)| value);
-        let body = json!({ "metadata": { "annotations": { verb.annotation(): value } } });
         let params = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
-        // A merge, not an apply: an apply would take back a verb that this manager has put and that is not answered yet.
-        let patched =
-            timed("patch", self.api().await?.patch_metadata(name, &params, &Patch::Merge(&body))).await;
-        let namespace = patched.with_context(|| format!("oro/{name}"))?.namespace().unwrap_or_default();
+        let api = self.api().await?;
+        let mut tries = TRIES;
+        let namespace = loop {
+            tries -= 1;
+            let seen = timed("get", api.get_metadata(name)).await.with_context(|| format!("oro/{name}"))?;
+            if let Some(other) = seen.annotations().get(verb.annotation()).filter(|other| *other != value) {
+                bail!(
+                    "oro/{name}: {}={other} has not been answered yet, and would be lost; try again in a moment",
+                    verb.annotation()
+                );
+            }
+            // A merge, not an apply: an apply would take back a verb that this manager has put and that is not answered yet. With the
+            // version, so that no word is overwritten that somebody has put since.
+            let body = json!({ "metadata": {
+                "resourceVersion": seen.resource_version(),
+                "annotations": { verb.annotation(): value },
+            } });
+            match timed("patch", api.patch_metadata(name, &params, &Patch::Merge(&body))).await {
+                Err(error) if error.is_conflict() && tries > 0 => {}
+                patched => {
+                    break patched.with_context(|| format!("oro/{name}"))?.namespace().unwrap_or_default();
+                }
+            }
+        };
         Ok(format!(
             "oro/{name} asked: synthex.io/{word}\nThe operator answers with an event; see what it did:\n  \
              kubectl events -n {namespace} --for oro/{name}\n  kubectl synthex explain {name} -n {namespace}\n"

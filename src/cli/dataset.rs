@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 
 use crate::{
     api::{self, Numbers, Preflight},
@@ -67,6 +67,7 @@ pub struct Recorded {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,
     /// The KPI as the custom resource has it.
+    #[serde(deserialize_with = "strictly")]
     pub definition: api::Kpi,
     /// Log evidence at which it alarms. Absent: computed from what the data set says of probability, KPIs, stages and attempt.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -124,6 +125,9 @@ pub struct Series {
     /// Whether the bucket is one of a native histogram.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub native: bool,
+    /// Its lower bound, where it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub above: Option<f64>,
     /// Time and value of each sample, rising, on the grid.
     #[serde(with = "samples")]
     pub samples: Vec<(Tick, f64)>,
@@ -279,7 +283,7 @@ impl DataSet {
 
     fn answer(&self, query: &Query, from: Tick, until: Tick) -> Result<judge::Samples> {
         ensure!(query.series.len() <= MAX_SERIES, "more than {MAX_SERIES} series");
-        let mut seen = BTreeSet::new();
+        let (mut seen, mut buckets) = (BTreeSet::new(), BTreeSet::new());
         for (index, series) in query.series.iter().enumerate() {
             let place = || format!("[{index}] (pod {:?})", series.pod);
             let Series { pod, instance, job, labels, histogram, .. } = series;
@@ -289,6 +293,11 @@ impl DataSet {
                 place()
             );
             if let Some(le) = &series.le {
+                ensure!(
+                    buckets.insert((pod, if histogram.is_empty() { instance } else { histogram }, le)),
+                    "{}: this bucket of the pod is there twice; tell histograms of one pod apart by histogram",
+                    place()
+                );
                 ensure!(
                     le.parse::<f64>().is_ok_and(|le| !le.is_nan()),
                     "{}: le must be a number or +Inf, not {le:?}",
@@ -314,6 +323,29 @@ impl DataSet {
         samples.sort_by(|a, b| a.key().cmp(&b.key()));
         Ok(samples)
     }
+}
+
+/// Reads a part of the custom resource as the API server does: a field that it does not have is refused, and none of those that are
+/// there is lost.
+fn strictly<'de, D: Deserializer<'de>>(deserializer: D) -> Result<api::Kpi, D::Error> {
+    let given = serde_json::Value::deserialize(deserializer)?;
+    let kpi: api::Kpi = serde_path_to_error::deserialize(&given)
+        .map_err(|error| de::Error::custom(format!("{}: {}", error.path(), error.inner())))?;
+    let taken = serde_json::to_value(&kpi).map_err(de::Error::custom)?;
+    match unknown(&given, &taken) {
+        Some(field) => Err(de::Error::custom(format!("a KPI has no field {field}"))),
+        None => Ok(kpi),
+    }
+}
+
+/// The first field that was given a value and is not among those that were taken.
+fn unknown(given: &serde_json::Value, taken: &serde_json::Value) -> Option<String> {
+    let fields = given.as_object()?;
+    fields.iter().find_map(|(name, value)| match taken.get(name) {
+        None if value.is_null() || *value == false => None,
+        None => Some(name.clone()),
+        Some(taken) => unknown(value, taken).map(|field| format!("{name}.{field}")),
+    })
 }
 
 /// Whether what was learned fits the KPI.
@@ -361,7 +393,8 @@ impl From<&Series> for judge::Series {
             // By hand, the buckets of one target are one histogram.
             let histogram = if series.histogram.is_empty() { &series.instance } else { &series.histogram };
             let (text, histogram) = (text.clone(), histogram.clone());
-            Some(Bucket { le: text.parse().ok()?, text, histogram, native: series.native })
+            let above = series.above.unwrap_or(if series.native { f64::INFINITY } else { f64::NEG_INFINITY });
+            Some(Bucket { le: text.parse().ok()?, text, histogram, native: series.native, above })
         });
         Self {
             pod: series.pod.clone(),
@@ -376,12 +409,17 @@ impl From<&Series> for judge::Series {
 
 impl From<judge::Series> for Series {
     fn from(series: judge::Series) -> Self {
-        let (le, histogram, native) = match series.bucket {
-            Some(bucket) => (Some(bucket.text), bucket.histogram, bucket.native),
-            None => (None, String::new(), false),
+        let (le, histogram, native, above) = match series.bucket {
+            Some(bucket) => (
+                Some(bucket.text),
+                bucket.histogram,
+                bucket.native,
+                Some(bucket.above).filter(|above| above.is_finite()),
+            ),
+            None => (None, String::new(), false, None),
         };
         let judge::Series { pod, instance, job, labels, points, .. } = series;
-        Self { pod, instance, job, labels, le, histogram, native, samples: points }
+        Self { pod, instance, job, labels, le, histogram, native, above, samples: points }
     }
 }
 

@@ -125,7 +125,8 @@ const EVIDENCE: &str =
   exp(2 sqrt(1/(y' + 1/2) + 1/(y + 1/2))); x', n', y' and m' are those of the tick before, which for the first tick is the one
   that `from` names.
   After tick t the evidence is ln(mean of the weights + 1/5 / t), less ln 2 where a latency has two bounds. It alarms where it
-  reaches ln(1/alpha) while the shares differ by minimumEffect or more. The evidence of a gauge is the highest ln(1/p) + ln of the
+  reaches ln(1/alpha) while the shares differ by minimumEffect or more (2/5 of it at a latency's upper bound), in the whole stage or
+  in its latest ticks, of which each older one weighs 0.95 times as much. The evidence of a gauge is the highest ln(1/p) + ln of the
   look's share so far, p that of Student's t on the pods' means or slopes. The share of look q is 3/4 of 9/10 for the means and q = 1,
   3/4 of 1/10 / ((q-1) q) for the means later, 1/4 of 6 / (pi^2 q^2) for the slopes and their own q. To see each tick:
 ";
@@ -307,11 +308,19 @@ fn tolerance(test: &Test, trial: Option<&Trial>) -> Option<String> {
             format!("max(tolerance {tolerance}, exp({z} x {tau} x sqrt(1/{kc} + 1/{kb})) = {by_spread:.4}) = {r0:.4}: {whence}")
         })
         .collect();
+    let cautious = trial.preflight.as_ref().and_then(|preflight| preflight.cautious_until).map(|until| {
+        let r0 = judge::effective_tolerance(tolerance, judge::CAUTIOUS, kc, kb);
+        format!(
+            "; up to {} tau was {} and the ratio {r0:.4}, since the pods' past was too short",
+            date(until),
+            judge::CAUTIOUS
+        )
+    });
     let learned = match pods {
         0 => "tau is the cautious end of the range, since too few pods or too little of their past were there to learn it".to_owned(),
         pods => format!("tau was learned from {pods} pods"),
     };
-    Some(format!("{}; {learned}", each.join(", and ")))
+    Some(format!("{}; {learned}{}", each.join(", and "), cautious.unwrap_or_default()))
 }
 
 impl Explanation {

@@ -49,11 +49,11 @@
 //! | `queries[].query` | the PromQL, for the reader | |
 //! | `series[].pod`, `.instance`, `.job` | the labels; `pod` may be absent in a threshold only | empty |
 //! | `series[].labels` | any text that tells series of one pod apart | empty |
-//! | `series[].le`, `.histogram`, `.native` | of a bucket: its bound, any text that tells histograms of one pod apart, and whether it is a native one's | |
+//! | `series[].le`, `.histogram`, `.native`, `.above` | of a bucket: its bound, any text that tells histograms of one pod apart, whether it is a native one's, and then its lower bound | |
 //! | `series[].samples` | `[time, value]`, rising; values that are no number as Prometheus writes them: `"NaN"`, `"+Inf"`, `"-Inf"` | |
 //! | `kpis[].decided` | the numbers of `.status.decisions[].basis`, which `backtest` compares | |
 //!
-//! Other fields are refused. A file is 256 MiB at most.
+//! Other fields are refused, but within `preflight` and `decided`. A file is 256 MiB at most.
 
 pub mod backtest;
 pub mod cluster;

@@ -91,8 +91,22 @@ pub async fn record(
     })?;
     let stage = stood.stage.as_ref().context("no stage runs now; name one that is over with --stage")?;
     let wanted = |name: &str| choice.kpis.is_empty() || choice.kpis.iter().any(|kpi| kpi == name);
+    let edited = |name: &str| {
+        let of = |known: &&api::Preflight| known.kpi == name;
+        let known = basis.and_then(|basis| basis.preflight.iter().find(of));
+        let kpi = rollout.all_kpis().find(|kpi| kpi.name == name);
+        known.zip(kpi).is_some_and(|(known, kpi)| !machine::is_of(&known.reads, kpi))
+    };
     for waiting in inquiry.waiting.iter().filter(|kpi| wanted(&kpi.name)) {
-        remarks.push(format!("{} is left out: {}", waiting.name, waiting.message));
+        let why = match edited(&waiting.name) {
+            true => "its queries have been edited since the decision",
+            false => &waiting.message,
+        };
+        remarks.push(format!("{} is left out: {why}", waiting.name));
+    }
+    let names = basis.iter().flat_map(|basis| &basis.kpis).map(|kpi| &kpi.name);
+    for gone in names.filter(|name| wanted(name) && !rollout.all_kpis().any(|kpi| kpi.name == **name)) {
+        remarks.push(format!("{gone} is left out: the specification does not have it any more"));
     }
     let mut set = DataSet {
         version: VERSION,
@@ -105,6 +119,7 @@ pub async fn record(
         bake: inquiry.trials.first().map(|(trial, _)| trial.bake),
         arms: match inquiry.trials.first() {
             Some((trial, _)) => trial.arms.clone(),
+            None if remarks.is_empty() => bail!("no KPI is judged there"),
             None => bail!("no KPI can be judged: {}", remarks.join("; ")),
         },
         kpis: vec![],
@@ -162,12 +177,16 @@ fn chosen<'a>(status: &'a RolloutStatus, choice: Choice<'_>) -> Result<Option<&'
             && stage.exposed_at.is_some()
     };
     let running = status.stage.as_ref().filter(judging).filter(|stage| meant(&stage.name, stage.attempt));
-    if running.is_some() {
-        return Ok(None);
-    }
     let mut bases = status.decisions.iter().filter_map(|decision| decision.basis.as_ref());
-    if let Some(basis) = bases.rfind(|basis| meant(&basis.stage, basis.attempt)) {
-        return Ok(Some(basis));
+    let basis = bases.rfind(|basis| meant(&basis.stage, basis.attempt));
+    match (running, basis) {
+        // A named stage that has passed is meant, and not the promotion that follows it under its name.
+        (Some(stage), Some(basis)) if stage.step == Step::Promoting && choice.stage.is_some() => {
+            return Ok(Some(basis));
+        }
+        (Some(_), _) => return Ok(None),
+        (None, Some(basis)) => return Ok(Some(basis)),
+        (None, None) => {}
     }
     let mut known: Vec<_> = status
         .decisions

@@ -174,8 +174,12 @@ fn reads(kpi: &Kpi) -> String {
 }
 
 /// Whether what is known was read by this KPI's queries. That of an operator which did not note them counts.
-fn is_of(known: &str, kpi: &Kpi) -> bool {
-    known.is_empty() || known == reads(kpi)
+pub fn is_of(known: &str, kpi: &Kpi) -> bool {
+    is_same(known, &reads(kpi))
+}
+
+fn is_same(known: &str, reads: &str) -> bool {
+    known.is_empty() || known == reads
 }
 
 /// What is to be learned from running pods before the evidence of a KPI can begin.
@@ -443,6 +447,15 @@ pub fn refuse(object: &OptimizationRollout, snapshot: &Snapshot, refusal: &Refus
     }
 }
 
+/// What follows what the API server says, in the message of a rollout whose writes it refuses.
+const MEND: &str = "; mend what it names, and the rollout goes on by itself";
+
+/// What a status tells of a write that the API server has refused.
+pub fn refused_before(status: &RolloutStatus) -> Option<String> {
+    let (_, message) = report::stalled(status).filter(|(reason, _)| *reason == "ApplyRefused")?;
+    Some(message.strip_suffix(MEND).unwrap_or(message).to_owned())
+}
+
 /// Refusal because objects that bear names of ours belong to somebody else.
 pub fn conflict(foreign: &[String]) -> Refusal {
     Refusal {
@@ -512,16 +525,36 @@ impl Machine<'_> {
         let before = std::mem::replace(&mut self.status.kpis, judged);
         // In whole seconds, as it is stored: what is kept in memory beside it must not differ.
         let now = Timestamp::from_second(self.now.as_second()).unwrap_or(self.now);
-        let mut unreadable = vec![];
+        let (mut unreadable, mut edited) = (vec![], vec![]);
         for kpi in &mut self.status.kpis {
             let defined = self.rollout.all_kpis().find(|defined| defined.name == kpi.name);
-            kpi.reads = defined.map(reads).unwrap_or_default();
+            // What is carried over was read by the queries that it names.
+            if kpi.reads.is_empty() {
+                kpi.reads = defined.map(reads).unwrap_or_default();
+            }
+            let spends = defined.is_some_and(|kpi| kpi.is_tested() && !kpi.observe_only);
+            let other = |known: &&KpiStatus| {
+                known.name == kpi.name && !is_same(&known.reads, &kpi.reads) && known.evidence.is_some()
+            };
+            if spends && before.iter().any(|known| other(&known)) {
+                edited.push(kpi.name.clone());
+            }
             let known = before.iter().find(|known| known.name == kpi.name && known.reason == kpi.reason);
             kpi.since = known.and_then(|known| known.since.clone()).or(Some(Time(now)));
             if known.is_none() && kpi.reason == Cause::Malformed {
                 unreadable
                     .push(format!("{} cannot be read, and the rollout holds: {}", kpi.name, kpi.message));
             }
+        }
+        if let Some(stage) = self.status.stage.as_mut().filter(|_| !edited.is_empty()) {
+            stage.attempt += 1;
+            let why = format!(
+                "stage {} starts the evidence of {} afresh (attempt {}): its queries have been edited",
+                stage.name,
+                edited.join(", "),
+                stage.attempt
+            );
+            self.decide(What::StageRestarted, why);
         }
         for why in unreadable {
             let said = |decision: &Decision| decision.what == What::KpiUnreadable && decision.why == why;
@@ -580,10 +613,10 @@ impl Machine<'_> {
                 Some(entry) if entry.config_hash == config_hash => entry.clone(),
                 Some(_) => new(OptimizationState::Pending, "its configuration has changed"),
                 // An object restored from a backup, or applied again, loses no verdict.
-                None if known.is_empty() && promoted.contains(&name) => {
+                None if known.is_empty() && verdict_on(&promoted, &name, &config_hash) => {
                     new(OptimizationState::Promoted, "promoted before this object was created")
                 }
-                None if known.is_empty() && rolled_back.contains(&name) => {
+                None if known.is_empty() && verdict_on(&rolled_back, &name, &config_hash) => {
                     new(OptimizationState::RolledBack, "rolled back before this object was created")
                 }
                 None => new(OptimizationState::Pending, ""),
@@ -709,9 +742,19 @@ impl Machine<'_> {
         failing.cloned().collect()
     }
 
+    /// The optimizations that are on and alone can move one of these KPIs.
+    fn owners(&self, kpis: &[KpiStatus]) -> BTreeSet<String> {
+        let active = self.active();
+        kpis.iter().filter_map(|kpi| kpi.owner.clone()).filter(|owner| active.contains(owner)).collect()
+    }
+
     fn advance(&mut self) {
         if self.status.stage.is_none() {
             self.begin_pass();
+        }
+        // A stage that another version of the operator has entered.
+        if let Some(stage) = self.status.stage.as_mut().filter(|stage| stage.stages == 0) {
+            stage.stages = i32::try_from(self.rollout.stages.len()).unwrap_or(i32::MAX);
         }
         let Some(stage) = self.status.stage.clone() else {
             if self.status.decisions.is_empty() {
@@ -758,7 +801,8 @@ impl Machine<'_> {
         }
         let failing = self.failing();
         if let Some(kpi) = failing.first() {
-            return self.harm(&kpi.name, &BTreeSet::new(), &format!("{}: {}", kpi.name, kpi.message), true);
+            let owners = self.owners(&failing);
+            return self.harm(&kpi.name, &owners, &format!("{}: {}", kpi.name, kpi.message), true);
         }
         self.enter(0);
         let first = self.stage_name();
@@ -860,7 +904,10 @@ impl Machine<'_> {
                 stage.exposed_at = Some(Time(self.now));
                 stage.step = Step::WarmingUp;
             }
-            Step::Deploying => self.late("its pods are brought up"),
+            Step::Deploying => {
+                let since = stage.attempt_at.0;
+                self.late("its pods are brought up", since);
+            }
             Step::WarmingUp => {
                 let from = evidence_from(rollout, stage, None);
                 if from.is_some_and(|from| self.now.as_second() >= from) {
@@ -922,12 +969,7 @@ impl Machine<'_> {
         self.foretell();
         let failing = self.failing();
         if !failing.is_empty() {
-            let active = self.active();
-            let owners = failing
-                .iter()
-                .filter_map(|kpi| kpi.owner.clone())
-                .filter(|owner| active.contains(owner))
-                .collect();
+            let owners = self.owners(&failing);
             let why: Vec<_> = failing.iter().map(|kpi| format!("{}: {}", kpi.name, kpi.message)).collect();
             let catastrophe = failing.iter().any(|kpi| self.is_catastrophe(kpi));
             return self.harm(&failing[0].name, &owners, &why.join("; "), catastrophe);
@@ -1016,20 +1058,23 @@ impl Machine<'_> {
         if let Some(why) = self.signal() {
             return self.harm("kubernetes", &BTreeSet::new(), &why, true);
         }
-        if let Some(kpi) = self.failing().first() {
-            return self.harm(&kpi.name, &BTreeSet::new(), &format!("{}: {}", kpi.name, kpi.message), true);
+        let failing = self.failing();
+        if let Some(kpi) = failing.first() {
+            let owners = self.owners(&failing);
+            return self.harm(&kpi.name, &owners, &format!("{}: {}", kpi.name, kpi.message), true);
         }
         self.settle_stable();
         let (ready, gone) = (self.stable_exposed(), self.arms_gone());
-        let warm_up = span(self.rollout.analysis.warm_up);
+        let watch = self.watch();
         let Some(stage) = &mut self.status.stage else { return };
         if ready && stage.exposed_at.is_none() {
             stage.exposed_at = Some(Time(self.now));
         }
-        let watched =
-            stage.exposed_at.as_ref().is_some_and(|since| self.now.duration_since(since.0) >= warm_up);
+        let exposed = stage.exposed_at.as_ref().map(|since| since.0);
+        let watched = exposed.is_some_and(|since| self.now.duration_since(since) >= watch);
         if !ready || watched && !gone {
-            self.late("stable takes the optimizations");
+            let since = exposed.map_or(stage.attempt_at.0, |since| since + watch);
+            self.late("stable takes the optimizations", since);
         }
         if !(ready && watched && gone) {
             return;
@@ -1053,7 +1098,10 @@ impl Machine<'_> {
     /// The last step of a pass that fails: stable is full, the arms go.
     fn restoring(&mut self) {
         if !(self.stable_exposed() && self.arms_gone()) {
-            return self.late("stable returns to full capacity");
+            if let Some(since) = self.status.stage.as_ref().map(|stage| stage.attempt_at.0) {
+                self.late("stable returns to full capacity", since);
+            }
+            return;
         }
         let why = match self
             .status
@@ -1084,15 +1132,34 @@ impl Machine<'_> {
         }
     }
 
+    /// How long stable is watched with what it has taken: one warm-up, and then as long as an absolute bound needs to be found crossed.
+    fn watch(&self) -> SignedDuration {
+        let interval = interval(self.rollout);
+        let active = self.active();
+        let acting = self.rollout.kpis(&active).filter(|kpi| !kpi.observe_only);
+        let each = acting.filter_map(|kpi| match kpi.test {
+            Test::Threshold { consecutive, .. } => {
+                let ticks = SignedDuration::from_secs(interval.saturating_mul(i64::from(consecutive) + 2));
+                Some(span(warm_up(self.rollout, kpi)) + ticks)
+            }
+            _ => None,
+        });
+        each.max().unwrap_or_default().max(span(self.rollout.analysis.warm_up))
+    }
+
     /// Says what pods are wanting, where that has lasted for too long.
-    fn late(&mut self, doing: &str) {
+    fn late(&mut self, doing: &str, since: Timestamp) {
         let Some(stage) = &self.status.stage else { return };
-        if self.now.duration_since(stage.attempt_at.0) <= PROGRESS_DEADLINE {
+        if self.now.duration_since(since) <= PROGRESS_DEADLINE {
             return;
         }
         let mut missing = self.unexposed();
         if missing.is_empty() {
-            missing = "pods of the other arms are still ending".to_owned();
+            missing = match self.stable_exposed() {
+                true => "pods of the other arms are still ending",
+                false => "stable's pods do not all have their configuration in force",
+            }
+            .to_owned();
         }
         self.stall = Some(Refusal {
             reason: "ProgressDeadlineExceeded",
@@ -1290,12 +1357,12 @@ impl Machine<'_> {
         let names = names.join("; ");
         match self.rollout.analysis.on_inconclusive {
             OnInconclusive::Advance if within => true,
-            OnInconclusive::Rollback => {
+            OnInconclusive::Rollback if self.rollout.analysis.mode == Mode::Enforce => {
                 let why = format!("stage {} lacks evidence after {observed}: {names}", planned.name);
                 self.roll_back(&self.active(), &why);
                 false
             }
-            OnInconclusive::Hold | OnInconclusive::Advance => {
+            OnInconclusive::Hold | OnInconclusive::Advance | OnInconclusive::Rollback => {
                 self.stall = Some(Refusal {
                     reason: "EvidenceWanting",
                     message: format!(
@@ -1471,7 +1538,8 @@ impl Machine<'_> {
             ));
         }
         // What both arms have is not the candidate's doing, also where it came to the baseline later.
-        if reference.pods.iter().any(|pod| !pod.terminating && pod.not_ready_since.is_some()) {
+        let mut others = reference.pods.iter().filter(|pod| !pod.terminating).peekable();
+        if stage.before.is_none() && (others.peek().is_none() || others.any(|pod| !pod.ready)) {
             return None;
         }
         let stuck = seen.pods.iter().find(|pod| {
@@ -1502,11 +1570,22 @@ impl Machine<'_> {
                     _ => seen.exposed(&target),
                 };
                 (!there).then(|| {
-                    format!("{} has {} of {} pods", wanted.variant.label(), seen.serving(), target.replicas)
+                    let (label, serving, of) = (wanted.variant.label(), seen.serving(), target.replicas);
+                    match wanted.variant.has_config() && serving >= of {
+                        true => format!("{label} has {} of {of} pods with their configuration in force, and none too many", seen.taken(&target)),
+                        false => format!("{label} has {serving} of {of} pods"),
+                    }
                 })
             })
             .collect();
         missing.join(", ")
+    }
+
+    /// The optimizations in a state with the hashes of their configurations, for whoever applies the object again.
+    fn verdicts(&self, state: OptimizationState) -> String {
+        let of = self.status.optimizations.iter().filter(|optimization| optimization.state == state);
+        let words: BTreeSet<_> = of.map(|known| format!("{}={}", known.name, known.config_hash)).collect();
+        list(&words)
     }
 
     /// The variants as the status wants them, before the order of additions and removals.
@@ -1524,8 +1603,8 @@ impl Machine<'_> {
         };
         let stable = |replicas, on: &BTreeSet<String>| Wanted {
             annotations: BTreeMap::from([
-                (PROMOTED_ANNOTATION, list(&promoted)),
-                (ROLLED_BACK_ANNOTATION, list(&names(&self.status, OptimizationState::RolledBack))),
+                (PROMOTED_ANNOTATION, self.verdicts(OptimizationState::Promoted)),
+                (ROLLED_BACK_ANNOTATION, self.verdicts(OptimizationState::RolledBack)),
             ]),
             ..make(Variant::Stable, replicas, on)
         };
@@ -1635,11 +1714,15 @@ impl Machine<'_> {
             (vec![], rest.clone())
         };
         let release = rest.iter().all(|variant| remove.contains(variant));
+        // Where the API server takes no other template, the one that stands serves.
+        let wanting = |seen: &&Observed| seen.replicas != self.rollout.replicas;
+        let scale = stable.filter(wanting).filter(|_| put_back && self.snapshot.refused.is_some());
+        let scale = scale.map(|_| self.rollout.replicas);
         // The status is not written any more; what it said stays for whoever reads the object's last version.
         Plan {
             status: self.snapshot.status.clone(),
             targets,
-            scale: None,
+            scale,
             remove,
             answered: vec![],
             release,
@@ -1649,10 +1732,7 @@ impl Machine<'_> {
 
     fn plan(mut self) -> Plan {
         if let Some(why) = &self.snapshot.refused {
-            self.stall = Some(Refusal {
-                reason: "ApplyRefused",
-                message: format!("{why}; mend what it names, and the rollout goes on by itself"),
-            });
+            self.stall = Some(Refusal { reason: "ApplyRefused", message: format!("{why}{MEND}") });
         }
         let (wanted, remove) = self.sequenced();
         let targets: Vec<_> = wanted.iter().map(|wanted| render(self.rollout, wanted)).collect();
@@ -1683,6 +1763,9 @@ impl Machine<'_> {
     }
 
     fn phase(&self) -> Phase {
+        if self.stall.is_some() {
+            return Phase::Stalled;
+        }
         let Some(stage) = &self.status.stage else {
             return if names(&self.status, OptimizationState::Promoted).is_empty() {
                 Phase::RolledBack
@@ -1691,7 +1774,6 @@ impl Machine<'_> {
             };
         };
         match stage {
-            _ if self.stall.is_some() => Phase::Stalled,
             stage if stage.blame.is_some() => Phase::Blaming,
             _ if self.rollout.paused => Phase::Paused,
             _ => Phase::Progressing,
@@ -1746,10 +1828,16 @@ impl Machine<'_> {
             Step::WarmingUp => evidence_from(self.rollout, stage, None)
                 .and_then(|from| Timestamp::from_second(from).ok())
                 .unwrap_or(next_tick)
+                .min(next_tick)
                 .max(self.now),
             Step::Observing | Step::AwaitingApproval => next_tick,
         }
     }
+}
+
+/// Whether a verdict from before is one on this configuration.
+fn verdict_on(verdicts: &[String], name: &str, config_hash: &str) -> bool {
+    verdicts.iter().any(|verdict| verdict.split_once('=') == Some((name, config_hash)))
 }
 
 /// What the pods of a variant have suffered: of the worst pod, so that arms of different size compare.

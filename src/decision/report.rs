@@ -251,6 +251,12 @@ pub fn worth_writing(stored: &RolloutStatus, new: &RolloutStatus, step: i64) -> 
 fn without_ticks(status: &RolloutStatus) -> RolloutStatus {
     let mut status = status.clone();
     status.next_decision_at = None;
+    // Numbers change with each tick, and the API server gives several faults in any order.
+    for condition in &mut status.conditions {
+        let mut letters: Vec<char> = condition.message.chars().filter(|c| c.is_alphabetic()).collect();
+        letters.sort_unstable();
+        condition.message = letters.into_iter().collect();
+    }
     if let Some(stage) = &mut status.stage {
         stage.observed = crate::api::Duration::default();
     }

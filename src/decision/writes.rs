@@ -15,6 +15,9 @@ use super::{
 /// Objects by kind and name, as they were found.
 pub type Objects = BTreeMap<(String, String), Value>;
 
+/// Seconds for which a pod that was touched has time to take its configuration.
+const TOUCH_EVERY: i64 = 5;
+
 /// One write to the API server.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Write<'a> {
@@ -32,7 +35,8 @@ pub enum Write<'a> {
     Touch {
         /// Name of the pod.
         pod: &'a str,
-        /// Value that the annotation never had before: the same once more would be no change, and no event for the kubelet.
+        /// A value that is another every [`TOUCH_EVERY`] seconds: the same once more is no change, and no event that would have us
+        /// look and touch again.
         value: String,
     },
     /// Deletion of an object and, in the background, of what it owns.
@@ -109,7 +113,7 @@ fn touch<'a>(
     let behind = seen.pods.iter().filter(|pod| {
         !pod.terminating && (rewritten || pod.config.as_ref().is_some_and(|config| config != hash))
     });
-    let value = format!("{hash}-{}", now.as_millisecond());
+    let value = format!("{hash}-{}", now.as_second() / TOUCH_EVERY);
     writes.extend(behind.map(|pod| Write::Touch { pod: &pod.name, value: value.clone() }));
 }
 

@@ -20,13 +20,17 @@ use crate::decision::{
 /// Owner of the fields that the operator writes.
 pub const FIELD_MANAGER: &str = "synthex-operator";
 
-/// Sends writes, in their order. One that the API server refuses does not keep the others back, each of which is safe by itself.
+/// Sends writes, in their order. One that the API server refuses does not keep the others back, each of which is safe by itself; only
+/// pods are not touched then, since what they are to take may not be there.
 ///
 /// # Errors
-/// The first refusal, once all have been tried; any other error at once.
+/// The first refusal, once all have been tried. Any other error ends it at once.
 pub async fn apply(client: &Client, namespace: &str, writes: &[Write<'_>]) -> Result<(), Error> {
     let mut refused = Ok(());
     for write in writes {
+        if refused.is_err() && matches!(write, Write::Touch { .. }) {
+            continue;
+        }
         let written = match write {
             Write::Apply(body) => apply_one(client, namespace, body).await,
             Write::Scale { deployment, replicas } => scale(client, namespace, deployment, *replicas).await,
@@ -35,7 +39,8 @@ pub async fn apply(client: &Client, namespace: &str, writes: &[Write<'_>]) -> Re
         };
         match written {
             Err(error) if error.refused().is_some() => refused = refused.and(Err(error)),
-            other => other?,
+            Err(error) => return refused.and(Err(error)),
+            Ok(()) => {}
         }
     }
     refused

@@ -47,11 +47,10 @@ impl Error {
         self.refusal().is_some_and(Status::is_conflict)
     }
 
-    /// What the API server says where it refuses a request for what is in it, and will again until somebody changes something.
+    /// What the API server says where it refuses a request for what is in it, and will again until somebody changes something. It
+    /// calls an unknown field in an apply, and a webhook that fails, its own error (500).
     pub fn refused(&self) -> Option<String> {
-        let lasting = |status: &&Status| {
-            matches!(status.code, 400..500) && ![404, 408, 409, 429].contains(&status.code)
-        };
+        let lasting = |status: &&Status| ![404, 408, 409, 429, 502, 503, 504].contains(&status.code);
         self.refusal().filter(lasting).map(|_| self.to_string())
     }
 

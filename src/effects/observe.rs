@@ -6,7 +6,7 @@ use futures::{StreamExt, stream};
 use k8s_openapi::{
     api::{
         apps::v1::Deployment,
-        core::v1::{ConfigMap, Pod, Service},
+        core::v1::{ConfigMap, ContainerStatus, Pod, Service},
     },
     serde::de::DeserializeOwned,
 };
@@ -163,12 +163,23 @@ fn seen(pod: &Pod, config: Option<String>) -> snapshot::Pod {
     let ready = condition("Ready");
     let is_ready = ready.is_some_and(|condition| condition.status == "True");
     let containers = status.container_statuses.unwrap_or_default();
-    // On a node that is gone the Ready condition falls, but nobody is left to write the container's: that is no signal.
-    let unwell = containers.iter().any(|container| !container.ready && container.started.is_some());
+    // On a node that is gone the Ready condition falls, but nobody is left to write the container's: that is no signal. Nor is a
+    // container that has never run, since its image is pulled or its node has no room: time counts from its start.
+    let running = |container: &ContainerStatus| {
+        let running = container.state.as_ref().and_then(|state| state.running.as_ref());
+        running.and_then(|running| running.started_at.clone())
+    };
+    let ran = |container: &&ContainerStatus| {
+        !container.ready && (container.restart_count > 0 || running(container).is_some())
+    };
     let since = ready
-        .filter(|condition| condition.status == "False" && unwell)
-        .and_then(|condition| condition.last_transition_time.clone());
-    let oom = |container: &k8s_openapi::api::core::v1::ContainerStatus| {
+        .filter(|condition| condition.status == "False")
+        .zip(containers.iter().find(ran))
+        .and_then(|(condition, container)| {
+            let first_start = running(container).filter(|_| container.restart_count == 0);
+            condition.last_transition_time.clone().max(first_start)
+        });
+    let oom = |container: &ContainerStatus| {
         [&container.state, &container.last_state].into_iter().flatten().any(|state| {
             state.terminated.as_ref().is_some_and(|ended| ended.reason.as_deref() == Some("OOMKilled"))
         })

@@ -12,7 +12,7 @@ use std::{
 
 use reqwest::{Response, StatusCode, Url, redirect};
 use serde::{Deserialize, de::IgnoredAny};
-use tokio::sync::Semaphore;
+use tokio::{sync::Semaphore, time::Instant};
 
 use super::with_sources;
 use crate::decision::judge::{Answer, MAX_TICKS, Samples, Series, Tick, excerpt, quote};
@@ -27,6 +27,9 @@ const MAX_SERIES: usize = 50_000;
 /// one all the same.
 const MAX_POINTS: usize = 4_000_000;
 
+/// Into how many pieces a range is cut whose answer is larger than [`MAX_BODY`]: 8 of them make some 40 MiB in memory at most.
+const MAX_PIECES: i64 = 8;
+
 /// Most queries under way at once; the others wait their turn.
 const MAX_CONCURRENT: usize = 8;
 
@@ -39,6 +42,18 @@ pub struct Prometheus {
     shown: String,
     timeout: Duration,
     gate: Arc<Semaphore>,
+    /// When the round of queries is over, answered or not.
+    until: Option<Instant>,
+}
+
+/// What became of one request.
+enum Fetched {
+    /// An answer of Prometheus, whatever is in it.
+    Reply(Reply),
+    /// It is larger than [`MAX_BODY`].
+    TooLong,
+    /// None.
+    Odd(Answer),
 }
 
 /// Why a client could not be made.
@@ -87,7 +102,13 @@ impl Prometheus {
         let http = builder.build().map_err(|error| Error::Client(causes(&error)))?;
         let client =
             prometheus_http_query::Client::from(http, base.as_str()).map_err(|_| Error::Url("is no URL"))?;
-        Ok(Self { client, shown, timeout, gate: Arc::new(Semaphore::new(MAX_CONCURRENT)) })
+        Ok(Self { client, shown, timeout, gate: Arc::new(Semaphore::new(MAX_CONCURRENT)), until: None })
+    }
+
+    /// A client for one round of queries, all of which together take twice the timeout at most: a server that hangs must not keep the
+    /// operator from what it can see without it.
+    pub fn round(&self) -> Self {
+        Self { until: Some(Instant::now() + 2 * self.timeout), ..self.clone() }
     }
 
     /// The samples of a query at `start`, `start + step` and so on to `end`: at most [`MAX_TICKS`] ticks, all multiples of `step`.
@@ -110,6 +131,47 @@ impl Prometheus {
                 format!("{start} to {end} by {step} s is not a range of 1 to {MAX_TICKS} ticks"),
             );
         };
+        let mut ticks = grid.ticks();
+        let least = (ticks + MAX_PIECES - 1) / MAX_PIECES;
+        let mut whole: Option<Reply> = None;
+        let mut from = start;
+        while from <= end {
+            let piece = Grid { start: from, end: end.min(from + (ticks - 1) * step), step };
+            let fetched = self.fetch(query, piece, lookback);
+            let fetched = match self.until {
+                Some(until) => tokio::time::timeout_at(until, fetched).await,
+                None => Ok(fetched.await),
+            };
+            match fetched {
+                Ok(Fetched::Reply(reply)) => {
+                    from = piece.end + step;
+                    match &mut whole {
+                        Some(whole) => whole.append(reply),
+                        None => whole = Some(reply),
+                    }
+                }
+                Ok(Fetched::TooLong) if ticks > least => ticks = least.max((ticks + 1) / 2),
+                Ok(Fetched::TooLong) => {
+                    return malformed(
+                        query,
+                        format!(
+                            "the answer is larger than {} MiB: narrow the selectors, or aggregate labels away",
+                            MAX_BODY >> 20
+                        ),
+                    );
+                }
+                Ok(Fetched::Odd(answer)) => return answer,
+                Err(_) => return Answer::Down(self.late(query)),
+            }
+        }
+        // The range has a tick at least.
+        match whole.map_or_else(|| Err(String::new()), |reply| matrix(reply, grid)) {
+            Ok(samples) => Answer::Series(samples),
+            Err(why) => malformed(query, why),
+        }
+    }
+
+    async fn fetch(&self, query: &str, Grid { start, end, step }: Grid, lookback: Option<i64>) -> Fetched {
         // The semaphore is never closed, so that this is always a permit.
         let _permit = self.gate.acquire().await;
         // POST, since a query may be longer than servers and proxies allow a URL to be; raw, since the library would read an
@@ -120,12 +182,12 @@ impl Prometheus {
             asked = asked.query("lookback_delta", format!("{lookback}s"));
         }
         match asked.post_raw().await {
-            Ok(response) => self.read(query, grid, response).await,
-            Err(error) => self.unreached(query, &error),
+            Ok(response) => self.read(query, response).await,
+            Err(error) => Fetched::Odd(self.unreached(query, &error)),
         }
     }
 
-    async fn read(&self, query: &str, grid: Grid, mut response: Response) -> Answer {
+    async fn read(&self, query: &str, mut response: Response) -> Fetched {
         let status = response.status();
         let mut body = Vec::new();
         let mut too_long = response.content_length().is_some_and(|length| length > MAX_BODY as u64);
@@ -138,13 +200,13 @@ impl Prometheus {
                     }
                 }
                 Ok(None) => break,
-                Err(error) => return self.unreached(query, &error),
+                Err(error) => return Fetched::Odd(self.unreached(query, &error)),
             }
         }
         let reply = (!too_long).then(|| serde_json::from_slice::<Reply>(&body));
         // Prometheus says why it refuses in a body of JSON, whatever the status; anything else is from something in between.
         if let Some(Ok(Reply { status: Outcome::Error, error_type, error, .. })) = &reply {
-            return self.refused(query, status, error_type.as_deref(), error.as_deref());
+            return Fetched::Odd(self.refused(query, status, error_type.as_deref(), error.as_deref()));
         }
         if !status.is_success() {
             let hint = match status.as_u16() {
@@ -153,28 +215,19 @@ impl Prometheus {
                 404 | 405 => ": is this the address of Prometheus itself?",
                 _ => "",
             };
-            return Answer::Down(format!("{} answers with {status}{hint}", self.shown));
+            return Fetched::Odd(Answer::Down(format!("{} answers with {status}{hint}", self.shown)));
         }
         match reply {
-            None => malformed(
-                query,
-                format!(
-                    "the answer is larger than {} MiB: narrow the selectors, or aggregate labels away",
-                    MAX_BODY >> 20
-                ),
-            ),
-            Some(Err(error)) => malformed(
+            None => Fetched::TooLong,
+            Some(Err(error)) => Fetched::Odd(malformed(
                 query,
                 format!(
                     "the answer of {} is not the JSON of Prometheus ({}): is this the address of Prometheus itself?",
                     self.shown,
                     excerpt(&error.to_string())
                 ),
-            ),
-            Some(Ok(reply)) => match matrix(reply, grid) {
-                Ok(samples) => Answer::Series(samples),
-                Err(why) => malformed(query, why),
-            },
+            )),
+            Some(Ok(reply)) => Fetched::Reply(reply),
         }
     }
 
@@ -198,15 +251,19 @@ impl Prometheus {
             .filter_map(|error| error.downcast_ref::<reqwest::Error>())
             .any(reqwest::Error::is_timeout);
         Answer::Down(if timed_out {
-            format!(
-                "{} did not answer within {:?}; if only this query is slow, simplify it: {}",
-                self.shown,
-                self.timeout,
-                quote(query)
-            )
+            self.late(query)
         } else {
             format!("{} cannot be reached: {}", self.shown, causes(error))
         })
+    }
+
+    fn late(&self, query: &str) -> String {
+        format!(
+            "{} did not answer within {:?}; if only this query is slow, simplify it: {}",
+            self.shown,
+            self.timeout,
+            quote(query)
+        )
     }
 }
 
@@ -235,6 +292,10 @@ impl Grid {
         (step > 0 && span >= 0 && span / step < MAX_TICKS).then_some(Self { start, end, step })
     }
 
+    fn ticks(self) -> i64 {
+        (self.end - self.start) / self.step + 1
+    }
+
     /// The tick of a time in an answer, if it was asked for.
     fn tick(self, time: f64) -> Option<Tick> {
         // Converting saturates, so that a huge or missing time is caught by the bounds.
@@ -254,6 +315,9 @@ fn matrix(reply: Reply, grid: Grid) -> Result<Samples, String> {
             "the answer may be incomplete, since Prometheus warns: {}; mend what it reads from, or the query",
             excerpt(warning)
         ));
+    }
+    if reply.is_partial {
+        return Err("the answer is partial, since a part of what holds the samples did not answer".to_owned());
     }
     let result = match reply.data {
         Some(Data::Matrix(result)) => result,
@@ -281,7 +345,8 @@ fn matrix(reply: Reply, grid: Grid) -> Result<Samples, String> {
     samples.sort_unstable_by(|a, b| a.key().cmp(&b.key()));
     match samples.windows(2).find(|pair| pair[0].key() == pair[1].key()) {
         Some(twins) => Err(format!(
-            "the answer has the series {} twice: is something between the operator and Prometheus joining two servers?",
+            "the answer has the series {} twice: is something between the operator and Prometheus joining two servers, or \
+             replicas of one (then let it deduplicate them)?",
             excerpt(&twins[0].labels)
         )),
         None => Ok(samples),
@@ -303,17 +368,19 @@ fn series(range: Range, grid: Grid, room: &mut usize) -> Result<Samples, String>
     let points: Vec<_> = histograms
         .into_iter()
         .map(|(tick, histogram)| {
-            let mut buckets: Vec<(f64, f64)> = histogram
+            let mut buckets: Vec<(f64, f64, f64)> = histogram
                 .buckets
                 .into_iter()
-                .map(|(_, _, Value(upper), Value(count))| (upper, count))
+                .map(|(_, Value(lower), Value(upper), Value(count))| (lower, upper, count))
                 .collect();
-            buckets.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+            buckets.sort_by(|(_, a, _), (_, b, _)| a.total_cmp(b));
             (tick, histogram.count.0, buckets)
         })
         .collect();
-    let bounds: BTreeSet<u64> =
-        points.iter().flat_map(|(_, _, buckets)| buckets.iter().map(|(bound, _)| bound.to_bits())).collect();
+    let bounds: BTreeSet<u64> = points
+        .iter()
+        .flat_map(|(_, _, buckets)| buckets.iter().map(|(_, bound, _)| bound.to_bits()))
+        .collect();
     *room = room.checked_sub((bounds.len() + 1).saturating_mul(points.len())).ok_or_else(|| {
         format!(
             "the answer's histograms have more than {MAX_POINTS} buckets in all their samples: narrow the selectors, or aggregate \
@@ -355,6 +422,31 @@ struct Reply {
     error: Option<String>,
     #[serde(default)]
     warnings: Vec<String>,
+    /// What VictoriaMetrics says in place of a warning.
+    #[serde(default)]
+    is_partial: bool,
+}
+
+impl Reply {
+    /// Takes what an answer to later ticks of the same query holds.
+    fn append(&mut self, later: Self) {
+        self.warnings.extend(later.warnings);
+        self.is_partial |= later.is_partial;
+        let (Some(Data::Matrix(known)), Some(Data::Matrix(later))) = (&mut self.data, later.data) else {
+            return self.data = None;
+        };
+        let places: BTreeMap<_, _> =
+            known.iter().enumerate().map(|(at, range)| (range.metric.clone(), at)).collect();
+        for range in later {
+            match places.get(&range.metric) {
+                Some(&at) => {
+                    known[at].values.extend(range.values);
+                    known[at].histograms.extend(range.histograms);
+                }
+                None => known.push(range),
+            }
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -387,7 +479,7 @@ struct Range {
 struct Histogram {
     count: Value,
     #[serde(default)]
-    buckets: Vec<(IgnoredAny, IgnoredAny, Value, Value)>,
+    buckets: Vec<(IgnoredAny, Value, Value, Value)>,
 }
 
 /// A value, which Prometheus writes as a string, since JSON has no NaN and no infinity.

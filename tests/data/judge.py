@@ -378,6 +378,8 @@ def alarms():
 
 
 GRID = np.array([1.25, 1.6, 2, 3, 5, 10, 30])
+# Prior probability that harm begins with the first tick; the rest is spread over the later ones.
+FROM_THE_START = 0.8
 
 
 def power(ratio, case, runs):
@@ -392,15 +394,16 @@ def power(ratio, case, runs):
     t0 = r0 * nc / (r0 * nc + nb)
     t = r0 * GRID * nc / (r0 * GRID * nc + nb)
     up, down = np.log(t / t0), np.log((1 - t) / (1 - t0))
-    log = np.full((runs, len(GRID)), math.log(0.5))
+    log = np.full((runs, len(GRID)), math.log(FROM_THE_START))
     found = np.zeros(runs, dtype=bool)
     sums = np.zeros((runs, 2))
     for tick in range(1, ticks + 1):
         if tick > 1:
-            log = np.logaddexp(log, math.log(0.5 / ((tick - 1) * tick)))
+            log = np.logaddexp(log, math.log((1 - FROM_THE_START) / ((tick - 1) * tick)))
         log += x[:, tick - 1 : tick] * up + y[:, tick - 1 : tick] * down
         sums += np.stack([x[:, tick - 1], y[:, tick - 1]], axis=1)
-        evidence = np.logaddexp(special.logsumexp(log, axis=1) - math.log(len(GRID)), math.log(0.5 / tick))
+        later = math.log((1 - FROM_THE_START) / tick)
+        evidence = np.logaddexp(special.logsumexp(log, axis=1) - math.log(len(GRID)), later)
         matters = sums[:, 0] / (nc * tick) - sums[:, 1] / (nb * tick) >= case["minimumEffect"]
         found |= (evidence >= case["alarmAt"]) & matters
     return found.mean()

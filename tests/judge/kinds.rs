@@ -146,7 +146,8 @@ fn what_is_no_histogram_is_no_latency_and_the_other_way_round() {
         counter("x-canary-5d9c7-bbb24", &some(&[0.0, 1.0])),
     ];
     let labels = [("pod".to_owned(), "x-canary-5d9c7-bbb24".to_owned())].into();
-    let native = Series::of_native(&labels, &[(0, 1.0, vec![(0.5, 1.0)]), (STEP, 2.0, vec![(0.5, 2.0)])]);
+    let native =
+        Series::of_native(&labels, &[(0, 1.0, vec![(0.4, 0.5, 1.0)]), (STEP, 2.0, vec![(0.4, 0.5, 2.0)])]);
     for (trial, answers, expected) in [
         (
             with(latency(), arms(1, 1), learned(8, &[LEAST], &["0.25"])),
@@ -201,12 +202,12 @@ fn the_bounds_of_native_histograms_count_every_pod() {
         let labels = [("pod".to_owned(), format!("x-baseline-5d9c7-{}", suffix(number)))].into();
         let sample = |block: i64| {
             let n = block as f64;
-            let mut buckets = vec![(0.1, 900.0 * n), (0.25, 80.0 * n), (1.0, 20.0 * n)];
+            let mut buckets = vec![(0.05, 0.1, 900.0 * n), (0.2, 0.25, 80.0 * n), (0.5, 1.0, 20.0 * n)];
             // One pod alone has a single request in a bucket of its own.
             if number == 0 {
-                buckets.push((2.0, 1.0));
+                buckets.push((1.0, 2.0, 1.0));
             }
-            (block * 60, buckets.iter().map(|(_, count)| count).sum(), buckets)
+            (block * 60, buckets.iter().map(|(.., count)| count).sum(), buckets)
         };
         Series::of_native(&labels, &(0..=10).map(sample).collect::<Vec<_>>())
     };
@@ -243,7 +244,7 @@ fn a_native_histogram_is_judged_as_a_classic_one() {
         let sample = |tick: i64| {
             let n = tick as f64;
             // Fast ones in a bucket that is empty at first, slow ones above the bound.
-            (tick * STEP, 100.0 * n, vec![(0.25, (100.0 - slow) * n), (1.0, slow * n)])
+            (tick * STEP, 100.0 * n, vec![(0.2, 0.25, (100.0 - slow) * n), (0.5, 1.0, slow * n)])
         };
         Series::of_native(&labels, &(0..=8).map(sample).collect::<Vec<_>>())
     };
@@ -253,6 +254,36 @@ fn a_native_histogram_is_judged_as_a_classic_one() {
     let (evidence, health) = trial.fold(beginning(0), &answers, 0, 8 * STEP);
     assert_eq!((evidence.shares[0].canary.events, evidence.shares[0].canary.total), (320.0, 800.0));
     assert_eq!(trial.judge(&evidence, &health).verdict, Verdict::Fail);
+}
+
+/// A pod whose histogram has halved its resolution has a bucket on both sides of the bound.
+#[test]
+fn a_native_histogram_that_cannot_tell_what_is_slow_is_named() {
+    let preflight = Preflight { native: true, ..learned(8, &[LEAST], &["0.5"]) };
+    let trial = with(latency(), arms(1, 1), preflight);
+    let pod = |pod: &str, halved: bool| {
+        let labels = [("pod".to_owned(), pod.to_owned()), ("instance".to_owned(), pod.to_owned())].into();
+        let sample = |tick: i64| {
+            let n = tick as f64;
+            let coarse = halved && tick > 4;
+            let buckets = match coarse {
+                true => vec![(0.35, 0.7, 95.0 * n), (0.7, 1.4, 5.0 * n)],
+                false => vec![(0.35, 0.5, 95.0 * n), (0.7, 1.0, 5.0 * n)],
+            };
+            (tick * STEP, 100.0 * n, buckets)
+        };
+        Series::of_native(&labels, &(0..=8).map(sample).collect::<Vec<_>>())
+    };
+    for halved in [false, true] {
+        let samples = [pod("x-baseline-5d9c7-bbb24", false), pod("x-canary-5d9c7-bbb24", halved)].concat();
+        let times = times(&inf(&samples), 1.0);
+        let answers = [Answer::Series(samples), Answer::Series(times)];
+        let (evidence, health) = trial.fold(beginning(0), &answers, 0, 8 * STEP);
+        let judged = trial.judge(&evidence, &health);
+        assert_ne!(judged.verdict, Verdict::Fail, "{judged:?}");
+        assert_eq!(judged.reason == Cause::Malformed, halved, "{judged:?}");
+        assert_eq!(judged.message.contains("x-canary-5d9c7-bbb24"), halved, "{judged:?}");
+    }
 }
 
 #[test]

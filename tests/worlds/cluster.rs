@@ -97,6 +97,7 @@ pub struct Pod {
     ready_at: i64,
     pub ready: bool,
     unready_since: Option<i64>,
+    touched: String,
     /// Told to end; the time at which it is gone.
     pub terminating: Option<i64>,
     pub failed: bool,
@@ -188,14 +189,18 @@ impl Cluster {
                     self.apply(&body, now);
                 }
             }
-            Write::Touch { pod, .. } => {
+            Write::Touch { pod, value } => {
                 // Now and then the kubelet's own watch lags, and the touch remounts what was there before.
                 let lost = self.rng.chance(0.05);
                 let due = now + self.rng.range(0, 1);
                 if let Some(pod) = self.pods.get_mut(*pod)
-                    && !lost
+                    && pod.touched != *value
                 {
-                    pod.config_due = Some(due);
+                    pod.touched.clone_from(value);
+                    self.changed = true;
+                    if !lost {
+                        pod.config_due = Some(due);
+                    }
                 }
             }
             Write::Delete { kind, name } => self.delete(kind, name),
@@ -537,6 +542,7 @@ impl Cluster {
             ready_at: i64::MAX,
             ready: false,
             unready_since: None,
+            touched: String::new(),
             terminating: None,
             failed: false,
             restarts: 0,

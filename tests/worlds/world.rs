@@ -581,14 +581,20 @@ impl World {
         if !deleting {
             let step = resolved.as_ref().map_or(1, |rollout| rollout.analysis.interval.as_secs() as i64);
             self.record(&object, &plan, step)?;
-            self.announce(&plan)?;
-            self.answer(&object, &plan)?;
         }
         let writes = match deleting && plan.release && object.spec.deletion_policy == DeletionPolicy::Delete {
             true => writes::removals("w", &objects, &Variant::ALL),
             false => writes::writes("w", &snapshot, &objects, &plan, now),
         };
-        self.apply(resolved.as_ref().ok(), &writes)?;
+        let applied = match self.apply(resolved.as_ref().ok(), &writes) {
+            Err(Stop::Crash) => return Err(Stop::Crash),
+            applied => applied,
+        };
+        if !deleting {
+            self.announce(&plan)?;
+            self.answer(&object, &plan)?;
+        }
+        applied?;
         if deleting && plan.release {
             self.written("finalizer removed".into(), |world| {
                 world.changes(&object, |_| {})?;

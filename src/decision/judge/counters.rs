@@ -314,7 +314,13 @@ pub(super) fn above<'a>(buckets: &'a [Series], bounds: &[f64]) -> (Vec<Counted<'
 
 /// Whether a histogram tells what lies above a bound.
 fn knows(histogram: &[(&Series, &super::samples::Bucket)], bound: f64) -> bool {
-    histogram.iter().any(|(_, bucket)| bucket.native || bucket.le == bound)
+    match histogram.iter().any(|(_, bucket)| bucket.native) {
+        // Where its resolution was halved, a bucket may lie on both sides.
+        true => !histogram
+            .iter()
+            .any(|(_, bucket)| bucket.above < bound && bound < bucket.le && bucket.le.is_finite()),
+        false => histogram.iter().any(|(_, bucket)| bucket.le == bound),
+    }
 }
 
 /// Marks the ticks at which any of the series has a sample.

@@ -412,11 +412,9 @@ pub fn check_harmful(cluster: &Cluster, account: &Account) -> Result<()> {
 
 /// What must hold of a rollout that does no harm: all of it is promoted, and nothing failed.
 pub fn check_harmless(cluster: &Cluster, account: &Account) -> Result<()> {
-    ensure!(
-        account.reasons("OptimizationRolledBack").is_empty(),
-        "rolled back: {:?}",
-        account.reasons("OptimizationRolledBack")
-    );
+    for alarm in ["AlarmRaised", "OptimizationRolledBack"] {
+        ensure!(account.reasons(alarm).is_empty(), "{alarm}: {:?}", account.reasons(alarm));
+    }
     ensure!(account.failures().is_empty(), "requests failed: {:?}", account.failures());
     check_end(cluster, account, &["connections", "memory", "monitoring"])
 }
