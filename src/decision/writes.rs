@@ -35,7 +35,7 @@ pub enum Write<'a> {
     Touch {
         /// Name of the pod.
         pod: &'a str,
-        /// A value that is another every [`TOUCH_EVERY`] seconds: the same once more is no change, and no event that would have us
+        /// A value that is another every five seconds: the same once more is no change, and no event that would have us
         /// look and touch again.
         value: String,
     },
