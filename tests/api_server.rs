@@ -263,8 +263,6 @@ fn the_operator_refuses_what_the_api_server_cannot_see() {
 fn what_the_api_server_refuses_is_said_until_it_is_mended() {
     let (cluster, namespace) = start("refused");
     let _operator = Operator::start(&cluster, &namespace);
-    let never = json!({ "spec": { "restartPolicy": "Never" } });
-    namespace.apply(&with("workload/runtime/podTemplate", never).to_string()).unwrap();
     let stalled = |status: &str, reason: &str, says: &str| {
         cluster
             .eventually(reason, namespace.name(), SOON, || {
@@ -275,7 +273,12 @@ fn what_the_api_server_refuses_is_said_until_it_is_mended() {
             })
             .unwrap();
     };
-    stalled("True", "ApplyRefused", "restartPolicy");
+    // A value that Kubernetes does not take, and a field that it does not have, which it tells in other ways.
+    for (field, value) in [("restartPolicy", json!("Never")), ("nodeSelectors", json!({ "a": "b" }))] {
+        let template = json!({ "spec": { field: value } });
+        namespace.apply(&with("workload/runtime/podTemplate", template).to_string()).unwrap();
+        stalled("True", "ApplyRefused", field);
+    }
     namespace.kubectl(&["annotate", "oro", "experts", "synthex.io/rollback=nothing"]).unwrap();
     cluster
         .eventually("an answer", namespace.name(), SOON, || {
