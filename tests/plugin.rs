@@ -554,6 +554,25 @@ async fn what_is_recorded_gives_the_numbers_that_were_decided_on() {
     let one = Choice { kpis: &["slow".to_owned()], ..choice };
     let past = record::record(&over, &resolved, one, &prometheus, later).await.unwrap();
     assert_eq!(past.set.kpis.iter().map(|kpi| kpi.definition.name.as_str()).collect::<Vec<_>>(), ["slow"]);
+
+    // What cannot be compared any more says why, and what cannot be read makes the recording no whole one.
+    let mut edited = over.clone();
+    edited.spec.kpis[0].error_ratio.as_mut().unwrap().errors = "faults_total{$arm}".to_owned();
+    let now_resolved = record::resolved(&edited, "http://prometheus:9090").unwrap();
+    let past = record::record(&edited, &now_resolved, choice, &prometheus, later).await.unwrap();
+    assert_eq!(past.remarks, ["errors is left out: its queries have been edited since the decision"]);
+    assert!(past.whole);
+    let (server, prometheus) = store().await;
+    let refused = json!({"status": "error", "errorType": "execution", "error": "too many samples"});
+    Mock::given(matchers::body_string_contains("memory_bytes"))
+        .respond_with(ResponseTemplate::new(422).set_body_json(refused))
+        .with_priority(1)
+        .mount(&server)
+        .await;
+    let past = record::record(&over, &resolved, choice, &prometheus, later).await.unwrap();
+    assert!(past.remarks.len() == 1 && past.remarks[0].contains("too many samples"), "{:?}", past.remarks);
+    assert!(!past.whole);
+
     let other = Choice { kpis: &["slwo".to_owned()], ..choice };
     let refused = record::record(&over, &resolved, other, &prometheus, later).await.unwrap_err();
     assert_eq!(refused.to_string(), "there is no KPI slwo; there are errors, slow, memory");

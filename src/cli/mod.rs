@@ -235,7 +235,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode> {
     let (name, verb) = match arguments.command {
         Command::Record(record) => {
             let object = resource(&access, record.name.as_deref(), record.file.as_deref()).await?;
-            let set = recorded(&object, &record.which).await?;
+            let (set, _) = recorded(&object, &record.which).await?;
             match &record.output {
                 None => write(io::stdout().lock(), &set)?,
                 Some(path) => {
@@ -257,13 +257,13 @@ async fn run(arguments: Arguments) -> Result<ExitCode> {
             let path = Path::new(&backtest.target);
             // A rollout's name has neither.
             let is_file = backtest.target == "-" || backtest.target.contains(['.', '/']) || path.is_file();
-            let set = if is_file {
+            let (set, whole) = if is_file {
                 ensure!(
                     backtest.which.stage.is_none() && backtest.which.prometheus.is_none(),
                     "{} is a data set: --stage and --prometheus go with the name of a rollout",
                     backtest.target
                 );
-                DataSet::parse(&bytes(path, MAX_BYTES)?).with_context(|| backtest.target.clone())?
+                (DataSet::parse(&bytes(path, MAX_BYTES)?).with_context(|| backtest.target.clone())?, true)
             } else {
                 recorded(&access.rollout(&backtest.target).await?, &backtest.which).await?
             };
@@ -272,7 +272,12 @@ async fn run(arguments: Arguments) -> Result<ExitCode> {
                 Tabular::Table => report.table(),
                 Tabular::Json => json(&report)?,
             })?;
-            return Ok(if report.fails() { ExitCode::from(FAILS) } else { ExitCode::SUCCESS });
+            return Ok(match (report.fails(), whole) {
+                (true, _) => ExitCode::from(FAILS),
+                // A verdict without a KPI that could not be read is none to go on with.
+                (false, false) => ExitCode::FAILURE,
+                (false, true) => ExitCode::SUCCESS,
+            });
         }
         Command::Explain(explain) => {
             let object = resource(&access, explain.name.as_deref(), explain.file.as_deref()).await?;
@@ -301,7 +306,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode> {
 }
 
 /// Records, and says on standard error what is to be said of it.
-async fn recorded(object: &OptimizationRollout, which: &Which) -> Result<DataSet> {
+async fn recorded(object: &OptimizationRollout, which: &Which) -> Result<(DataSet, bool)> {
     let Some(url) = which.prometheus.clone().or_else(|| object.spec.prometheus.url.clone()) else {
         bail!(
             "neither --prometheus nor spec.prometheus.url says where Prometheus is; inside a cluster, forward its port and name it:\n  \
@@ -312,12 +317,12 @@ async fn recorded(object: &OptimizationRollout, which: &Which) -> Result<DataSet
     let rollout = record::resolved(object, &url)?;
     let prometheus = Prometheus::new(&url, rollout.prometheus_timeout.std())?;
     let choice = Choice { stage: which.stage.as_deref(), attempt: which.attempt, kpis: &which.kpis };
-    let Recording { set, remarks } =
+    let Recording { set, remarks, whole } =
         record::record(object, &rollout, choice, &prometheus, clock::now()).await?;
     for remark in remarks {
         eprintln!("kubectl-synthex: {remark}");
     }
-    Ok(set)
+    Ok((set, whole))
 }
 
 /// The rollout of a name, or the one saved in a file.

@@ -38,6 +38,8 @@ pub struct Recording {
     pub set: DataSet,
     /// What is missing from it, or may be otherwise than it was live.
     pub remarks: Vec<String>,
+    /// Whether each KPI that was judged there could be read.
+    pub whole: bool,
 }
 
 /// The rollout as the operator sees it. `prometheus` stands where the specification names none.
@@ -75,7 +77,7 @@ pub async fn record(
         let all: Vec<_> = definitions.iter().map(|kpi| kpi.name.as_str()).collect();
         bail!("there is no KPI {unknown}; there are {}", all.join(", "));
     }
-    let mut remarks = vec![];
+    let (mut remarks, mut whole) = (vec![], true);
     let (stood, basis, now) = match chosen(&status, choice)? {
         Some(basis) => {
             let step = i64::try_from(rollout.analysis.interval.as_secs()).unwrap_or(i64::MAX);
@@ -137,6 +139,7 @@ pub async fn record(
             Ok(queries) => queries,
             Err(why) => {
                 remarks.push(format!("{} is left out: {why}", trial.kpi.name));
+                whole = false;
                 continue;
             }
         };
@@ -164,7 +167,7 @@ pub async fn record(
             remarks => remarks.join("; "),
         }
     );
-    Ok(Recording { set, remarks })
+    Ok(Recording { set, remarks, whole })
 }
 
 /// What the choice means: a decision on evidence, or nothing for the stage that runs.

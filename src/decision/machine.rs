@@ -51,7 +51,7 @@ pub struct Plan {
     pub status: RolloutStatus,
     /// Variants to apply, in order.
     pub targets: Vec<Target>,
-    /// Replicas that stable gets, where the specification cannot be followed and nothing else of it is known.
+    /// Replicas that stable gets at the rollout's end, where nothing else of it can be written.
     pub scale: Option<i32>,
     /// Variants to delete.
     pub remove: Vec<Variant>,
