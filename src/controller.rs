@@ -1,4 +1,4 @@
-//! Watches and wiring: what wakes a reconciliation, and the order observe → judge → step → apply → report.
+//! Watches and wiring: what wakes a reconciliation, and the order judge → observe → step → apply → report.
 //!
 //! Takes no decision of its own: those are in [`crate::decision`]. Keeps no memory but caches that a restart may lose.
 
@@ -161,7 +161,14 @@ async fn reconcile(
         .ok()
         .filter(|_| object.status.as_ref().is_some_and(machine::asks_pods))
         .map(|rollout| rollout.admin_port);
+    // Prometheus first, which may take its time: what is decided upon pods is to be as they are now.
+    let mut status = object.status.clone().unwrap_or_default();
+    let judged = match &resolved {
+        Ok(rollout) => context.judge(rollout, &mut status, clock::now()).await,
+        Err(_) => vec![],
+    };
     let mut world = observe::observe(&context.client, &context.http, &object, asks).await?;
+    world.snapshot.status = status;
     let uid = object.uid().unwrap_or_default();
     // After a restart what the status says of it stands until it is tried again.
     let refused = lock(&context.refused).get(&uid).cloned();
@@ -170,7 +177,6 @@ async fn reconcile(
     let plan = match &resolved {
         Err(refusal) => machine::refuse(&object, &world.snapshot, refusal, now),
         Ok(rollout) => {
-            let judged = context.judge(rollout, &mut world.snapshot.status, now).await;
             let plan = machine::step(rollout, &world.snapshot, judged, now);
             let created = writes::creates(&world.objects, &plan);
             let foreign = observe::foreign(&context.client, &rollout.namespace, &created).await?;

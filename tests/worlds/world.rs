@@ -550,12 +550,17 @@ impl World {
         }
         let resolved = self.resolve(&object);
         let asks = resolved.is_ok() && object.status.as_ref().is_some_and(machine::asks_pods);
+        let (mut status, judged_at) = (object.status.clone().unwrap_or_default(), self.clock());
+        let judged = match &resolved {
+            Ok(rollout) => self.judge(rollout, &mut status, judged_at),
+            Err(_) => vec![],
+        };
         let (mut snapshot, objects) = self.observe(&object, asks);
+        snapshot.status = status;
         let now = self.clock();
         let plan = match &resolved {
             Err(refusal) => machine::refuse(&object, &snapshot, refusal, now),
             Ok(rollout) => {
-                let judged = self.judge(rollout, &mut snapshot.status, now);
                 let plan = machine::step(rollout, &snapshot, judged.clone(), now);
                 let foreign: Vec<_> = writes::creates(&objects, &plan)
                     .into_iter()
@@ -569,7 +574,7 @@ impl World {
                             &object.status.clone().unwrap_or_default(),
                             &judged,
                             &plan,
-                            now,
+                            judged_at,
                         );
                     }
                     plan
