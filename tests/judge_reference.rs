@@ -171,7 +171,8 @@ fn preflight(pods: i32, spread: Vec<f64>) -> Preflight {
         spread,
         bounds: vec![],
         native: false,
-        rate: Counts::default(),
+        shares: vec![],
+        requests: 0.0,
     }
 }
 
@@ -342,8 +343,8 @@ fn alarms_spend_the_alpha_of_the_notes() {
 #[test]
 fn detectable_ratios_are_those_found_by_simulation() {
     for case in tables().detectables {
-        let rate = Counts { events: case.requests * case.share, total: case.requests };
-        let learned = Preflight { rate, ..preflight(20, vec![case.spread]) };
+        let (shares, requests) = (vec![case.share], case.requests);
+        let learned = Preflight { shares, requests, ..preflight(20, vec![case.spread]) };
         let kpi = ratio(case.tolerance, case.minimum_effect);
         let trial = trial(kpi, learned, case.pods, case.alarm_at, case.bake);
         let foretold = trial.foretold().unwrap().detectable.unwrap();

@@ -83,8 +83,8 @@ fn a_data_set_by_hand_gets_the_defaults() {
     assert_eq!((counts.baseline.events, counts.baseline.total), (0.0, 200.0));
     // One KPI, one stage, the first attempt, 1 %.
     assert_eq!(kpi.alarm_at, judge::alarm_at(0.01, 1.0, 1, 1));
-    // One pod in each arm, and the cautious end of the range: exp(3.5 x 0.5 x sqrt(2)).
-    assert_eq!(kpi.result.tolerated, Some(11.8802));
+    // One pod in each arm, and the cautious end of the range: exp(3.45 x 0.5 x sqrt(2)).
+    assert_eq!(kpi.result.tolerated, Some(11.4675));
     assert!(!report.fails());
     let table = report.table();
     assert!(table.contains("1970-01-01T00:00:30Z  5 of 200  0 of 200"), "{table}");
@@ -646,7 +646,7 @@ fn an_explanation_shows_the_numbers_and_how_they_are_made() {
          from 2026-11-24T11:30:00Z to 2026-11-24T12:00:00Z",
         "upstream-errors (errorRatio of connections): Fail",
         "canary 50 of 1000, baseline 2 of 1000",
-        "tolerated ratio r0 2.26304 = max(tolerance 1.25, exp(3.5 x 0.165 x sqrt(1/1 + 1/1)) = 2.2630) = 2.2630: the spread of pods decides; tau was learned from 8 pods",
+        "tolerated ratio of odds r0 2.23684 = max(tolerance 1.25, exp(3.45 x 0.165 x sqrt(1/1 + 1/1)) = 2.2368) = 2.2368: the spread of pods decides; tau was learned from 8 pods",
         "log evidence 15.2 >= 7.1309 = ln(1/alpha) = 7.1309, alpha = 0.01",
         "kubectl synthex backtest experts -n shop --stage STAGE",
     ] {

@@ -139,7 +139,8 @@ fn status(kpis: &[KpiStatus]) -> RolloutStatus {
             spread: vec![0.1; spread],
             bounds: vec![],
             native: false,
-            rate: Counts { events: 0.05, total: 50.0 },
+            shares: vec![0.001],
+            requests: 50.0,
         });
     }
     RolloutStatus {
@@ -532,7 +533,7 @@ fn decisions_on_evidence_carry_their_numbers() {
 fn what_stages_can_show_is_said_once_before_the_evidence_is_looked_at() {
     let few = |snapshot: &mut Snapshot| {
         for known in &mut snapshot.status.preflight {
-            known.rate = Counts { events: 0.0, total: 0.01 };
+            (known.shares, known.requests) = (vec![0.0], 0.01);
         }
     };
     let said =

@@ -309,7 +309,7 @@ pub struct ErrorRatio {
     #[x_kube(validation = ("self.contains('$arm')", "the query must contain $arm, which becomes the matchers of the compared pods, as in http_requests_total{$arm}"))]
     pub total: String,
 
-    /// Ratio of canary to baseline error rate that is still called equal.
+    /// Ratio of the odds of an error, canary to baseline, that is still called equal; where errors are rare, that of the error rates.
     #[serde(default = "default_tolerance")]
     #[schemars(range(min = 1, max = 10))]
     pub tolerance: f64,
@@ -332,8 +332,8 @@ impl ErrorRatio {
     }
 }
 
-/// Shares of requests slower than two bounds of a histogram, judged like error ratios. The bounds are frozen before the stage's
-/// evidence begins: the largest ones that at least 5 % and 1 % of the baseline's requests exceed.
+/// Shares of requests slower than three bounds of a histogram, judged like error ratios. The bounds are frozen before the stage's
+/// evidence begins: the largest ones that at least 25 %, 5 % and 1 % of the baseline's requests exceed.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct Latency {
@@ -343,7 +343,7 @@ pub struct Latency {
     #[x_kube(validation = ("self.contains('$arm')", "the query must contain $arm, which becomes the matchers of the compared pods, as in http_request_duration_seconds_bucket{$arm}"))]
     pub histogram: String,
 
-    /// Ratio of canary to baseline share of slow requests that is still called equal.
+    /// Ratio of the odds of a slow request, canary to baseline, that is still called equal; where they are rare, that of the shares.
     #[serde(default = "default_tolerance")]
     #[schemars(range(min = 1, max = 10))]
     pub tolerance: f64,

@@ -270,7 +270,8 @@ pub struct KpiStatus {
     /// Value of `logEvidence` at which the KPI alarms: ln(1/alpha).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alarm_at: Option<f64>,
-    /// Ratio of canary to baseline that is called equal: the tolerance, or what pods differ by.
+    /// Ratio of canary to baseline that is called equal: the tolerance, or what pods differ by. Of shares of requests it is the ratio
+    /// of their odds, which is that of the shares where they are small; so are the ratios below.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tolerated: Option<f64>,
     /// Smallest ratio of canary to baseline that the whole stage finds with a probability of 80 %, at the traffic seen so far.
@@ -403,7 +404,7 @@ pub struct Preflight {
     /// first.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cautious_until: Option<i64>,
-    /// How much pods that do the same work differ: the standard deviation of the logarithm of the share (one for each bound of
+    /// How much pods that do the same work differ: the standard deviation of the log odds of the share (one for each bound of
     /// a latency), or of a gauge's logarithm and of its plain value.
     pub spread: Vec<f64>,
     /// The frozen bounds of a latency as the label `le` has them, the lower first.
@@ -412,9 +413,12 @@ pub struct Preflight {
     /// Whether the histogram is a native one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub native: bool,
-    /// Events (errors, requests slower than the first bound) and requests per second and pod, for foretelling what a stage can show.
+    /// Share of the requests that failed, or that were slower than each bound.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<f64>,
+    /// Requests per second and pod.
     #[serde(default)]
-    pub rate: Counts,
+    pub requests: f64,
 }
 
 /// Evidence of one KPI in one attempt at a stage: a fold over the samples on the tick grid.

@@ -353,14 +353,18 @@ fn sound(kpi: &Kpi, preflight: Option<&Preflight>) -> Result<()> {
     let bounds = preflight.map_or(0, |preflight| preflight.bounds.len());
     if matches!(kpi.test, Test::Latency { .. }) {
         ensure!(
-            (1..=2).contains(&bounds),
-            "preflight.bounds: a latency needs one or two bounds that say what slow is, such as [\"0.5\", \"1.0\"]"
+            (1..=3).contains(&bounds),
+            "preflight.bounds: a latency needs one to three bounds that say what slow is, such as [\"0.5\", \"1.0\"]"
         );
     }
     let Some(preflight) = preflight else { return Ok(()) };
     ensure!(
         preflight.spread.iter().all(|spread| spread.is_finite() && *spread >= 0.0),
         "preflight.spread: each is a standard deviation, 0 or more"
+    );
+    ensure!(
+        preflight.shares.iter().all(|share| (0.0..=1.0).contains(share)),
+        "preflight.shares: each is a share of all requests, from 0 to 1"
     );
     ensure!(
         preflight.bounds.iter().all(|bound| bound.parse::<f64>().is_ok_and(f64::is_finite)),

@@ -89,6 +89,9 @@ pub struct Told {
     /// The bounds of a latency in seconds, one for each of `counts`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub bounds: Vec<String>,
+    /// The usual share of events that was learned, one for each of `counts`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub usual: Vec<f64>,
     /// The canary's value.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub canary: Option<f64>,
@@ -117,16 +120,20 @@ pub struct Told {
 
 /// How the log evidence itself is made; the counts of each tick are those of `backtest`.
 const EVIDENCE: &str =
-    "  The evidence of an errorRatio or a latency is made tick by tick from canary x of n and baseline y of m in that tick. With
-  s(r) = r n / (r n + m) and r0 the tolerated ratio, seven weights, one for each k of 1.25, 1.6, 2, 3, 5, 10 and 30, begin with
-  4/5; at tick t > 1 each gets 1/5 / ((t-1) t) more; then it is multiplied by (s(r0 k) / s(r0))^x ((1 - s(r0 k)) / (1 - s(r0)))^y.
-  At the edge of a burst x counts up to e exp(2 sqrt(1/(x' + 1/2) + 1/(e + 1/2))), e = n (x' + 1/2) / (n' + 1), or to what x' = 0
-  makes of it where that is more, and r0 is multiplied by what (y + 1/2) / (m + 1) has changed beyond a factor of
-  exp(2 sqrt(1/(y' + 1/2) + 1/(y + 1/2))); x', n', y' and m' are those of the tick before, which for the first tick is the one
-  that `from` names.
-  After tick t the evidence is ln(mean of the weights + 1/5 / t), less ln 2 where a latency has two bounds. It alarms where it
-  reaches ln(1/alpha) while the shares differ by minimumEffect or more (2/5 of it at a latency's upper bound), in the whole stage or
-  in its latest ticks, of which each older one weighs 0.95 times as much. The evidence of a gauge is the highest ln(1/p) + ln of the
+    "  The evidence of an errorRatio or a latency is made tick by tick from canary x of n and baseline y of m in that tick. With r0 the
+  tolerated ratio of odds, p the usual share and o(r, b) = r b / (1 - b + r b), seven weights, one for each k of 1.25, 1.6, 2, 3, 5,
+  10 and 30, begin with 4/5; at tick t > 1 each gets 1/5 / ((t-1) t) more; then it is multiplied by
+  (o(r0 k, p) / o(r0, b))^x ((1 - o(r0 k, p)) / (1 - o(r0, b)))^(n-x) (p / b)^y ((1 - p) / (1 - b))^(m-y), where b is such that
+  n o(r0, b) + m b = n o(r0 k, p) + m p.
+  Of a latency r0 is at tick t no less than 1.5^exp(-(t-1) interval / (3 warmUp)). With the odds u(x, n) = (x + 1/2) / (n - x + 1/2)
+  and v(x, n) = 1/(x + 1/2) + 1/(n - x + 1/2), at the edge of a burst x counts up to the share whose odds are
+  u(x', n') exp(2 sqrt(v(x', n') + v(e, n))), where e of n has the odds u(x', n'), or to what x' = 0 makes of it where that is more,
+  and r0 is multiplied by what u(y, m) has changed beyond a factor of exp(2 sqrt(v(y', m') + v(y, m))); x', n', y' and m' are those
+  of the tick before, which for the first tick is the one that `from` names.
+  After tick t the evidence is ln(mean of the weights + 1/5 / t), less ln(number of bounds) of a latency. It alarms where it reaches
+  ln(1/alpha) while the shares differ by minimumEffect or more (2/5 of it at a latency's last bound) and the odds by a factor of
+  r0^(1 + 0.75 / sqrt(t)) or more, in the whole stage or in its latest ticks, of which each older one weighs 0.9 times as much; there
+  t is 10 at most. The evidence of a gauge is the highest ln(1/p) + ln of the
   look's share so far, p that of Student's t on the pods' means or slopes. The share of look q is 3/4 of 9/10 for the means and q = 1,
   3/4 of 1/10 / ((q-1) q) for the means later, 1/4 of 6 / (pi^2 q^2) for the slopes and their own q. To see each tick:
 ";
@@ -257,6 +264,7 @@ fn tell(
             (-at).exp()
         )
     });
+    let learned = trial.and_then(|trial| trial.preflight.as_ref());
     Told {
         name: numbers.name.clone(),
         kind: kpi.map(|kpi| kind(&kpi.test)),
@@ -264,10 +272,8 @@ fn tell(
         verdict: numbers.verdict,
         message,
         counts: numbers.counts.clone(),
-        bounds: trial
-            .and_then(|trial| trial.preflight.as_ref())
-            .map(|preflight| preflight.bounds.clone())
-            .unwrap_or_default(),
+        bounds: learned.map(|preflight| preflight.bounds.clone()).unwrap_or_default(),
+        usual: learned.map(|preflight| preflight.shares.clone()).unwrap_or_default(),
         canary: numbers.canary,
         baseline: numbers.baseline,
         change: numbers.change,
@@ -410,9 +416,10 @@ impl Told {
         for (kind, counts) in self.counts.iter().enumerate() {
             let slower =
                 self.bounds.get(kind).map(|bound| format!("slower than {bound} s: ")).unwrap_or_default();
+            let usual = self.usual.get(kind).map(|usual| format!(", usually {usual}")).unwrap_or_default();
             let _ = writeln!(
                 text,
-                "{indent}  {slower}canary {:.0} of {:.0}, baseline {:.0} of {:.0}",
+                "{indent}  {slower}canary {:.0} of {:.0}, baseline {:.0} of {:.0}{usual}",
                 counts.canary.events, counts.canary.total, counts.baseline.events, counts.baseline.total
             );
         }
@@ -427,7 +434,8 @@ impl Told {
         }
         if let Some(tolerated) = self.tolerated {
             let made = self.tolerated_formula.as_ref().map(|made| format!(" = {made}")).unwrap_or_default();
-            let _ = writeln!(text, "{indent}  tolerated ratio r0 {tolerated}{made}");
+            let of = if self.counts.is_empty() { "" } else { " of odds" };
+            let _ = writeln!(text, "{indent}  tolerated ratio{of} r0 {tolerated}{made}");
         }
         if let (Some(evidence), Some(alarm)) = (self.log_evidence, self.alarm_at) {
             let sign = if evidence >= alarm { ">=" } else { "<" };

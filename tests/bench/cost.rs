@@ -32,7 +32,8 @@ pub fn print(seed: u64, ticks: usize) {
     for (index, kpi) in judged::kpis().into_iter().enumerate() {
         let mut traffic = Traffic::new(world, &tail, Rng::new(seed, 9), NAMES, SERVING);
         traffic.step(SERVING, world.rps);
-        let bounds = if index == 1 { vec!["0.2".to_owned(), "0.5".to_owned()] } else { vec![] };
+        let bounds =
+            if index == 1 { vec!["0.1".to_owned(), "0.2".to_owned(), "0.5".to_owned()] } else { vec![] };
         let preflight = Preflight {
             kpi: kpi.name.clone(),
             track: Track::Production,
@@ -40,10 +41,11 @@ pub fn print(seed: u64, ticks: usize) {
             until: 0,
             pods: 200,
             cautious_until: None,
-            spread: vec![0.1; 2],
+            spread: vec![0.1; 3],
             bounds,
             native: false,
-            rate: Default::default(),
+            shares: vec![0.25, 0.05, 0.01],
+            requests: 0.0,
         };
         let mut judged = {
             let now = traffic.slot * SLOT;

@@ -23,26 +23,39 @@ def counters(pods, increments):
     return series
 
 
-def evidence(x, n, y, m, r0):
+def evidence(x, n, y, m, r0, p):
     """Log evidence after each tick, without the rule that a difference must matter."""
     ks = [1.25, 1.6, 2, 3, 5, 10, 30]
     weights = [0.8] * len(ks)
     told, latest = [], None
     for t, (x, n, y, m) in enumerate(zip(x, n, y, m), 1):
-        beyond = lambda a, b: 2 * math.sqrt(1 / (a + 0.5) + 1 / (b + 0.5))
-        rate = lambda x, n: (x + 0.5) / (n + 1)
+        u = lambda x, n: (x + 0.5) / (n - x + 0.5)
+        v = lambda x, n: 1 / (x + 0.5) + 1 / (n - x + 0.5)
+        beyond = lambda *pairs: 2 * math.sqrt(sum(v(*pair) for pair in pairs))
+        share = lambda odds: odds / (1 + odds)
         before, latest, edge = latest, (x, n, y, m), 0
         if before:
-            expected = lambda x: rate(x, before[1]) * n
-            x = min(x, max(expected(a) * math.exp(beyond(a, expected(a))) for a in (0, before[0])))
-            edge = max(0, abs(math.log(rate(y, m) / rate(before[2], before[3]))) - beyond(before[2], y))
+            allowed = lambda a: n * share(
+                u(a, before[1]) * math.exp(beyond((a, before[1]), (n * share(u(a, before[1])), n)))
+            )
+            x = min(x, max(allowed(0), allowed(before[0])))
+            edge = max(0, abs(math.log(u(y, m) / u(before[2], before[3]))) - beyond(before[2:], (y, m)))
         r = r0 * math.exp(edge)
-        s = lambda r: r * n / (r * n + m)
+        o = lambda r, b: r * b / (1 - b + r * b)
+
+        def times(k):
+            """By what the weight of k is multiplied."""
+            q = n * o(r * k, p) + m * p
+            low, high = 0, 1
+            for _ in range(200):
+                b = (low + high) / 2
+                low, high = (b, high) if n * o(r, b) + m * b < q else (low, b)
+            canary = (o(r * k, p) / o(r, b)) ** x * ((1 - o(r * k, p)) / (1 - o(r, b))) ** (n - x)
+            return canary * (p / b) ** y * ((1 - p) / (1 - b)) ** (m - y)
+
         if t > 1:
             weights = [w + 0.2 / ((t - 1) * t) for w in weights]
-        weights = [
-            w * (s(r * k) / s(r)) ** x * ((1 - s(r * k)) / (1 - s(r))) ** y for w, k in zip(weights, ks)
-        ]
+        weights = [w * times(k) for w, k in zip(weights, ks)]
         told.append(math.log(sum(weights) / len(weights) + 0.2 / t))
     return told
 
@@ -60,9 +73,9 @@ def data_set(seed, harm):
     pods = CANARY + BASELINE
     of = lambda counts: counters(pods, [counts[pod] for pod in pods])
     column = lambda arm, counts: [sum(counts[pod][tick] for pod in arm) for tick in range(TICKS)]
-    r0 = max(tolerance, math.exp(3.5 * spread * math.sqrt(1 / 2 + 1 / 2)))
+    r0 = max(tolerance, math.exp(3.45 * spread * math.sqrt(1 / 2 + 1 / 2)))
     told = evidence(
-        column(CANARY, errors), column(CANARY, total), column(BASELINE, errors), column(BASELINE, total), r0
+        column(CANARY, errors), column(CANARY, total), column(BASELINE, errors), column(BASELINE, total), r0, 0.01
     )
     memory = lambda pod: [[START + t * STEP, 1e8 * (1 + 0.001 * rng.random())] for t in range(TICKS + 1)]
     ticks = {"from": START, "until": START + TICKS * STEP}
@@ -92,7 +105,7 @@ def data_set(seed, harm):
                         "minimumEffect": 0.001,
                     },
                 },
-                "preflight": {**learned, "kpi": "errors", "spread": [spread]},
+                "preflight": {**learned, "kpi": "errors", "spread": [spread], "shares": [0.01]},
                 **ticks,
                 "queries": [{"series": of(errors)}, {"series": of(total)}],
             },

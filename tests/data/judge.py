@@ -223,7 +223,7 @@ def increases(row, there):
 
 
 def tau(errors, total):
-    """Pods told apart and the standard deviation of their log rates, by moments (notes, section 3.2)."""
+    """Pods told apart and the standard deviation of their log odds, by moments."""
     there = [[v is not None for v in row] for row in total]
     n = np.array([increases(row, up) for row, up in zip(total, there)])
     x = np.nan_to_num(np.array([increases(row, up) for row, up in zip(errors, there)]))
@@ -234,10 +234,11 @@ def tau(errors, total):
     x = np.where(np.isnan(n), np.nan, x)
     e = n * np.nansum(x, axis=0) / np.nansum(n, axis=0)
     c = (len(n) - 1) / len(n)
-    e2 = np.nansum(e**2)
-    # What counting alone varies by, in its own standard deviation, is taken off.
-    chance = math.sqrt(np.nansum(2 * e**2 + e))
-    excess = (np.nansum((x - e) ** 2) - c * np.nansum(e) - chance) / (c * e2) if e2 > 0 else 0.0
+    v = e * (1 - np.nansum(x, axis=0) / np.nansum(n, axis=0))
+    v2 = np.nansum(v**2)
+    # What counting alone varies by, in its own standard deviation, is taken off; a count grows by v with the log odds.
+    chance = math.sqrt(np.nansum(2 * v**2 + v))
+    excess = (np.nansum((x - e) ** 2) - c * np.nansum(v) - chance) / (c * v2) if v2 > 0 else 0.0
     return len(n), float(np.clip(math.sqrt(max(excess, 0)), 0.085, 0.5))
 
 
@@ -264,6 +265,7 @@ def spreads():
     for sd in (0.2, 0.3, 0.4):
         case(f"unlike by {sd}", *counters(rng, 12, sd, mean=200.0))
     case("most unlike", *counters(rng, 12, 1.2, mean=200.0))
+    case("a third of all", *counters(rng, 12, 0.2, mean=600.0, share=0.33))
     case("two pods", *counters(rng, 2, 0.3))
     case("three pods", *counters(rng, 3, 0.4, mean=500.0))
     errors, total = counters(rng, 6, 0.0)
@@ -320,13 +322,13 @@ def bounds():
         times = np.exp(math.log(median) + sigma * rng.standard_normal(40_000))
         # The 95 % and the 99 % quantile of what was seen lie above the bounds: numpy's order statistics, not a walk over buckets.
         found = []
-        for share in (0.05, 0.01):
+        for share in (0.25, 0.05, 0.01):
             slow = np.sort(times)[::-1][math.ceil(share * len(times)) - 1]
             below = np.searchsorted(edges, slow, side="left")
             found.append(les[max(below - 1, 0)])
-        if found[0] == found[1]:
+        if found[0] == found[-1]:
             # Wide buckets: the next larger bound shows what is rare.
-            found[1] = les[min(les.index(found[0]) + 1, len(les) - 1)]
+            found.append(les[min(les.index(found[0]) + 1, len(les) - 1)])
         counts = [[int((times[pod::4] <= edge).sum()) for edge in edges] + [len(times[pod::4])] for pod in range(4)]
         cases.append({"name": name, "les": les, "counts": counts, "bounds": list(dict.fromkeys(found))})
     return cases
@@ -347,7 +349,8 @@ def share_changes():
         interval = confint_poisson_2indep(x, n + 1, y, m + 1, method="waldcc", compare="ratio")
         low, high = np.log(interval)
         middle, sampling = 0.5 * (low + high), (high - low) / (2 * stats.norm.ppf(0.975))
-        half = stats.norm.ppf(0.975) * math.hypot(sampling, spread * math.sqrt(1 / kc + 1 / kb))
+        # The spread is one of log odds.
+        half = stats.norm.ppf(0.975) * math.hypot(sampling, spread * (1 - y / m) * math.sqrt(1 / kc + 1 / kb))
         change = [float(math.expm1(v)) for v in (middle, middle - half, middle + half)]
         rows.append({"canary": [x, n], "baseline": [y, m], "spread": spread, "pods": [kc, kb], "change": change})
     return rows
@@ -383,28 +386,35 @@ FROM_THE_START = 0.8
 
 
 def power(ratio, case, runs):
-    """How often the test alarms, by simulation of whole stages: the mixture over ratios and beginnings, as the notes have it."""
+    """How often the test alarms, by simulation of whole stages: the mixture over ratios and beginnings."""
     rng = np.random.default_rng(7)
     kc, kb = case["pods"]
     ticks = case["bake"]
     nc, nb = (round(case["requests"] * k * STEP) for k in (kc, kb))
-    r0 = max(case["tolerance"], math.exp(3.5 * case["spread"] * math.sqrt(1 / kc + 1 / kb)))
-    x = rng.binomial(nc, min(case["share"] * ratio, 1), (runs, ticks)).astype(float)
+    r0 = max(case["tolerance"], math.exp(3.45 * case["spread"] * math.sqrt(1 / kc + 1 / kb)))
+    p = case["share"]
+    odds_times = lambda ratio, share: ratio * share / (1 - share + ratio * share)
+    x = rng.binomial(nc, odds_times(ratio, p), (runs, ticks)).astype(float)
     y = rng.binomial(nb, case["share"], (runs, ticks)).astype(float)
-    t0 = r0 * nc / (r0 * nc + nb)
-    t = r0 * GRID * nc / (r0 * GRID * nc + nb)
-    up, down = np.log(t / t0), np.log((1 - t) / (1 - t0))
+    c1 = odds_times(r0 * GRID, p)
+    b0 = np.array(
+        [optimize.brentq(lambda b: nc * (odds_times(r0, b) - c) + nb * (b - p), 0, 1, xtol=1e-15) for c in c1]
+    )
+    c0 = odds_times(r0, b0)
+    score = lambda k, n, p1, p0: k * np.log(p1 / p0) + (n - k) * np.log((1 - p1) / (1 - p0))
     log = np.full((runs, len(GRID)), math.log(FROM_THE_START))
     found = np.zeros(runs, dtype=bool)
     sums = np.zeros((runs, 2))
     for tick in range(1, ticks + 1):
         if tick > 1:
             log = np.logaddexp(log, math.log((1 - FROM_THE_START) / ((tick - 1) * tick)))
-        log += x[:, tick - 1 : tick] * up + y[:, tick - 1 : tick] * down
+        log += score(x[:, tick - 1 : tick], nc, c1, c0) + score(y[:, tick - 1 : tick], nb, p, b0)
         sums += np.stack([x[:, tick - 1], y[:, tick - 1]], axis=1)
         later = math.log((1 - FROM_THE_START) / tick)
         evidence = np.logaddexp(special.logsumexp(log, axis=1) - math.log(len(GRID)), later)
         matters = sums[:, 0] / (nc * tick) - sums[:, 1] / (nb * tick) >= case["minimumEffect"]
+        odds = (sums + 0.5) / (np.array([nc, nb]) * tick - sums + 0.5)
+        matters &= np.log(odds[:, 0] / odds[:, 1]) >= (1 + 0.75 / math.sqrt(tick)) * math.log(r0)
         found |= (evidence >= case["alarmAt"]) & matters
     return found.mean()
 
@@ -418,6 +428,7 @@ def detectables():
         (25.0, 0.005, 19, 1, 0.1, 1.25, 116),
         (5.0, 0.05, 1, 19, 0.2, 1.25, 60),
         (0.5, 0.02, 5, 15, 0.3, 2.0, 240),
+        (2.5, 0.3, 2, 18, 0.1, 1.25, 116),
     ):
         case = {
             "requests": requests,

@@ -21,7 +21,7 @@ pub(super) fn gauge(direction: Direction) -> Kpi {
     kpi(Test::Gauge { query: "memory_bytes{$arm}".to_owned(), direction, tolerance: 0.05 })
 }
 
-fn learned(pods: i32, spread: &[f64], bounds: &[&str]) -> Preflight {
+pub(super) fn learned(pods: i32, spread: &[f64], bounds: &[&str]) -> Preflight {
     Preflight {
         kpi: "k".to_owned(),
         track: Track::Production,
@@ -32,7 +32,8 @@ fn learned(pods: i32, spread: &[f64], bounds: &[&str]) -> Preflight {
         spread: spread.to_vec(),
         bounds: bounds.iter().map(|bound| (*bound).to_owned()).collect(),
         native: false,
-        rate: Counts::default(),
+        shares: vec![],
+        requests: 0.0,
     }
 }
 
@@ -308,14 +309,15 @@ fn bounds_and_spread_are_learned_from_running_pods() {
         (0..pods).flat_map(pod).collect()
     };
     for (name, rows, pods, bounds, learned_pods) in [
-        // 7 % above 0.25, 2 % above 1.0.
-        ("both", [600, 330, 50, 20], 4, vec!["0.25", "1.0"], 4),
-        // One bound for both shares: the next larger one shows what is rare.
-        ("one for both", [600, 330, 65, 5], 4, vec!["0.25", "1.0"], 4),
+        // 40 % above 0.1, 7 % above 0.25, 2 % above 1.0.
+        ("all three", [600, 330, 50, 20], 4, vec!["0.1", "0.25", "1.0"], 4),
+        ("one for two of them", [600, 330, 65, 5], 4, vec!["0.1", "0.25"], 4),
+        // One bound for all: the next larger one shows what is rare.
+        ("one for all", [700, 295, 5, 0], 4, vec!["0.1", "0.25"], 4),
         ("nearly all exceed it", [50, 945, 5, 0], 4, vec!["0.1", "0.25"], 4),
         ("none is exceeded", [1000, 0, 0, 0], 4, vec!["0.1", "0.25"], 4),
         ("the largest there is", [0, 0, 0, 1000], 4, vec!["1.0"], 4),
-        ("too few pods for a spread", [600, 330, 50, 20], 2, vec!["0.25", "1.0"], 0),
+        ("too few pods for a spread", [600, 330, 50, 20], 2, vec!["0.1", "0.25", "1.0"], 0),
     ] {
         let found = lesson(latency()).learn(&[Answer::Series(samples(rows, pods))]).unwrap().unwrap();
         assert_eq!(found.bounds, bounds, "{name}");
@@ -324,8 +326,8 @@ fn bounds_and_spread_are_learned_from_running_pods() {
         assert_eq!((found.until, found.track), (600, Track::Production));
     }
     let found = lesson(latency()).learn(&[Answer::Series(samples([600, 330, 50, 20], 4))]).unwrap().unwrap();
-    assert!((found.rate.total - 1000.0 / 60.0).abs() < 1e-3, "{:?}", found.rate);
-    assert!((found.rate.events - 70.0 / 60.0).abs() < 1e-3, "{:?}", found.rate);
+    assert!((found.requests - 1000.0 / 60.0).abs() < 1e-3, "{found:?}");
+    assert_eq!(found.shares, [0.4, 0.07, 0.02]);
     // Without a request there is no telling what is slow.
     assert_eq!(lesson(latency()).learn(&[Answer::Series(samples([0; 4], 4))]), Ok(None));
     assert_eq!(lesson(latency()).learn(&[Answer::Series(vec![])]), Ok(None));
@@ -378,8 +380,9 @@ fn unlike_pods_widen_what_is_called_equal() {
     // Errors of 60, 100 and 140 in each block: (60-100)² and (140-100)² in 10 blocks, less what counting explains.
     let found = learn(&[vec![60; 10], vec![100; 10], vec![140; 10]]);
     let c = 2.0 / 3.0;
-    let chance = f64::sqrt(30.0 * (2.0 * 10_000.0 + 100.0));
-    let expected = f64::sqrt((10.0 * (2.0 * 1600.0 - c * 300.0) - chance) / (c * 30.0 * 10_000.0));
+    let v = 100.0 * (1.0 - found.shares[0]);
+    let chance = f64::sqrt(30.0 * (2.0 * v * v + v));
+    let expected = f64::sqrt((10.0 * (2.0 * 1600.0 - c * 3.0 * v) - chance) / (c * 30.0 * v * v));
     assert!((found.spread[0] - expected).abs() < 1e-4, "{} {expected}", found.spread[0]);
     // Never more than the cautious end, and that where pods are too few.
     assert_eq!(learn(&[vec![1; 10], vec![100; 10], vec![900; 10]]).spread, [CAUTIOUS]);
@@ -764,12 +767,12 @@ fn a_bound_that_the_baseline_breaks_as_well_is_not_the_canarys_doing() {
 #[test]
 fn what_a_stage_can_show_is_told_before_and_while_it_runs() {
     let rate =
-        |events: f64, total: f64| Preflight { rate: Counts { events, total }, ..learned(8, &[LEAST], &[]) };
+        |share: f64, requests: f64| Preflight { shares: vec![share], requests, ..learned(8, &[LEAST], &[]) };
     // A day at a tenth of a request per second, an hour at one per minute, and ten minutes at 100 per second.
     for (preflight, seconds, requests, short, detectable) in [
-        (rate(0.001, 0.1), 86_400, 8640.0, false, Some(2.0..3.0)),
+        (rate(0.01, 0.1), 86_400, 8640.0, false, Some(2.0..3.0)),
         (rate(0.0, 1.0 / 60.0), 3600, 60.0, true, None),
-        (rate(0.5, 100.0), 600, 60_000.0, false, Some(1.6..2.5)),
+        (rate(0.005, 100.0), 600, 60_000.0, false, Some(1.6..2.5)),
     ] {
         let trial = Trial { bake: seconds / STEP, ..with(ratio(1.25, 0.001), arms(1, 1), preflight) };
         let told = trial.foretold().unwrap();

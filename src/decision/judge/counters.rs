@@ -11,8 +11,8 @@ pub(super) const CANARY: usize = 0;
 /// The other one.
 pub(super) const BASELINE: usize = 1;
 
-/// Most kinds of event that are counted among the same requests: the two bounds of a latency.
-pub(super) const KINDS: usize = 2;
+/// Most kinds of event that are counted among the same requests: the bounds of a latency.
+pub(super) const KINDS: usize = 3;
 
 /// A counter: whose it is, and what it counts.
 pub(super) struct Counted<'a> {
@@ -64,6 +64,8 @@ pub(super) struct Tally {
 pub(super) struct Read {
     /// Increase of the counters in each tick, canary and baseline.
     pub(super) counts: Vec<[Tally; 2]>,
+    /// The same of the pods that were cold, which is no part of it.
+    pub(super) cold: Vec<[Tally; 2]>,
     /// Whether there is a series of the total.
     pub(super) present: [Vec<bool>; 2],
     /// Whether the last sample of the total is at most two intervals old.
@@ -130,6 +132,7 @@ impl Read {
         let len = grid.len();
         let mut read = Self {
             counts: vec![[Tally::default(); 2]; len],
+            cold: vec![[Tally::default(); 2]; len],
             present: [vec![false; len], vec![false; len]],
             fresh: [vec![false; len], vec![false; len]],
             faults: vec![false; len],
@@ -187,13 +190,11 @@ impl Read {
     }
 
     /// Adds the increase of one counter to its arm. `up` says at which ticks its target was scraped, and `cold` at which its pod
-    /// is not counted.
+    /// was cold.
     fn count(&mut self, series: &Counted<'_>, arm: usize, (up, cold): (&[bool], &[bool]), grid: Grid) {
         increases(series.points(), up, grid, |index, increase| {
-            if cold[index] {
-                return;
-            }
-            let tally = &mut self.counts[index][arm];
+            let tallies = if cold[index] { &mut self.cold } else { &mut self.counts };
+            let tally = &mut tallies[index][arm];
             match series.counter {
                 Counter::Event(kind) => tally.events[kind] += increase,
                 Counter::Total => tally.total += increase,
@@ -214,7 +215,7 @@ impl Read {
         if first.instance.is_empty() || target.iter().all(|series| series.of.job == first.job) {
             return;
         }
-        for counter in [Counter::Event(0), Counter::Event(1), Counter::Total] {
+        for counter in (0..KINDS).map(Counter::Event).chain([Counter::Total]) {
             let mut jobs: Vec<Option<&str>> = vec![None; grid.len()];
             for series in target.iter().filter(|series| series.counter == counter) {
                 for index in series.of.points.iter().filter_map(|(time, _)| grid.index(*time)) {

@@ -4,7 +4,7 @@ use statrs::distribution::{ContinuousCDF, StudentsT};
 
 use crate::api::{Change, Counts, StageChange, Track};
 
-use super::eprocess::mixture_cost;
+use super::eprocess::{Rival, mixture_cost, odds_times};
 
 /// Quantile of the normal distribution for a probability of 80 %.
 pub(super) const EIGHTY: f64 = 0.8416;
@@ -12,7 +12,7 @@ pub(super) const EIGHTY: f64 = 0.8416;
 /// Quantile of the normal distribution for a two-sided interval of 95 %.
 const NINETY_FIVE: f64 = 1.96;
 
-/// The largest ratio of canary to baseline that is looked for.
+/// The largest ratio of odds of canary to baseline that is looked for.
 const LARGEST: f64 = 1000.0;
 
 /// Requests of both arms in some span, and the share of events among the baseline's.
@@ -40,31 +40,39 @@ impl Rates {
         Self { canary: self.canary * spans, baseline: self.baseline * spans, ..self }
     }
 
-    /// Mean and variance of the log evidence against the tolerated ratio `r0` when the ratio is `ratio`: events times the
-    /// Kullback-Leibler divergence of their division between the arms, and times its variance.
+    /// By how much the canary's share is above the baseline's when the ratio of their odds is `ratio`.
+    fn difference(self, ratio: f64) -> f64 {
+        odds_times(ratio, self.share) - self.share
+    }
+
+    /// Mean and variance of the log evidence against the tolerated ratio of odds `r0` when the ratio is `ratio`: requests times the
+    /// Kullback-Leibler divergence of the shares, and the variance of counting.
     fn evidence(self, r0: f64, ratio: f64) -> (f64, f64) {
-        let events = self.share * (self.baseline + ratio * self.canary);
-        let divided = |ratio: f64| ratio * self.canary / (ratio * self.canary + self.baseline);
-        let (t, t0) = (divided(ratio), divided(r0));
-        let (up, down) = ((t / t0).ln(), ((1.0 - t) / (1.0 - t0)).ln());
-        let mean = t * up + (1.0 - t) * down;
-        (events * mean, events * t * (1.0 - t) * (up - down).powi(2))
+        let Rival { null, alternative } =
+            Rival::of(r0, ratio, self.share, self.canary / (self.canary + self.baseline));
+        let (mut mean, mut variance) = (0.0, 0.0);
+        for (arm, requests) in [self.canary, self.baseline].into_iter().enumerate() {
+            let (p0, p1) = (null[arm], alternative[arm]);
+            let (event, none) = ((p1 / p0).ln(), (-p1).ln_1p() - (-p0).ln_1p());
+            mean += requests * (p1 * event + (1.0 - p1) * none);
+            variance += requests * p1 * (1.0 - p1) * (event - none).powi(2);
+        }
+        (mean, variance)
     }
 }
 
-/// The smallest ratio of shares that evidence of `needed` nats finds with a probability of 80 % in what `rates` holds; `None` where
+/// The smallest ratio of odds that evidence of `needed` nats finds with a probability of 80 % in what `rates` holds; `None` where
 /// there is none up to a thousandfold. The normal approximation to the sum of the log likelihood ratios, and what the mixture costs.
 pub(super) fn detectable(r0: f64, minimum_effect: f64, needed: f64, rates: Rates) -> Option<f64> {
     let found = |ratio: f64| {
         let (mean, variance) = rates.evidence(r0, ratio);
         mean - EIGHTY * variance.sqrt() >= needed + mixture_cost()
-            && rates.share * (ratio - 1.0) >= minimum_effect
+            && rates.difference(ratio) >= minimum_effect
     };
-    let largest = LARGEST.min(1.0 / rates.share);
-    if !(largest > r0 && found(largest)) {
+    if !(LARGEST > r0 && found(LARGEST)) {
         return None;
     }
-    let (mut low, mut high) = (r0, largest);
+    let (mut low, mut high) = (r0, LARGEST);
     for _ in 0..30 {
         let middle = (low * high).sqrt();
         if found(middle) { high = middle } else { low = middle }
@@ -72,7 +80,7 @@ pub(super) fn detectable(r0: f64, minimum_effect: f64, needed: f64, rates: Rates
     Some(high)
 }
 
-/// Ticks in which evidence of `needed` nats is to be expected when the ratio is `ratio`; `None` where that is tolerated.
+/// Ticks in which evidence of `needed` nats is to be expected when the ratio of odds is `ratio`; `None` where that is tolerated.
 pub(super) fn ticks_to_find(
     ratio: f64,
     r0: f64,
@@ -80,7 +88,7 @@ pub(super) fn ticks_to_find(
     needed: f64,
     per_tick: Rates,
 ) -> Option<f64> {
-    if ratio <= r0 || per_tick.share * (ratio - 1.0) < minimum_effect {
+    if ratio <= r0 || per_tick.difference(ratio) < minimum_effect {
         return None;
     }
     let (mean, _) = per_tick.evidence(r0, ratio);
@@ -88,7 +96,7 @@ pub(super) fn ticks_to_find(
 }
 
 /// The relative change of a share of requests. The interval is that of the logarithm of a ratio of two counts, and of pods whose log
-/// rates have the standard deviation `spread`.
+/// odds have the standard deviation `spread`.
 pub(super) fn share_change(
     canary: Counts,
     baseline: Counts,
@@ -102,6 +110,7 @@ pub(super) fn share_change(
     // Half an event more on each side, so that a side without events has a logarithm.
     let rate = |counts: Counts| (counts.events + 0.5) / (counts.total + 1.0);
     let difference = (rate(canary) / rate(baseline)).ln();
+    let spread = spread * (1.0 - baseline.events / baseline.total);
     let pods = spread * spread * (1.0 / f64::from(kc.max(1)) + 1.0 / f64::from(kb.max(1)));
     let error = (1.0 / (canary.events + 0.5) + 1.0 / (baseline.events + 0.5) + pods).sqrt();
     Some(interval(difference, NINETY_FIVE * error))

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::api::{Counts, Evidence, Preflight, Track};
+use crate::api::{Evidence, Preflight, Track};
 
 use super::{
     Answer, AnswerHealth, Grid, Kpi, Series, Test, Tick,
@@ -14,7 +14,7 @@ use super::{
     samples::Bucket,
 };
 
-/// Standard deviation of the logarithm of a share between pods that do the same work, where nothing could be learned: the cautious
+/// Standard deviation of the log odds of a share between pods that do the same work, where nothing could be learned: the cautious
 /// end of the range. It costs delay, where too small a value would cost false rollbacks.
 pub const CAUTIOUS: f64 = 0.5;
 /// The other end of the range: what is learned from a few minutes is never taken to be less.
@@ -28,8 +28,8 @@ const BLOCKS: i64 = 10;
 const ENOUGH_BLOCKS: usize = 5;
 /// Pods without which nothing is learned of their differences.
 pub const ENOUGH_PODS: i32 = 3;
-/// Shares of the baseline's requests that are to lie above the two bounds of a latency.
-const SLOW: [f64; 2] = [0.05, 0.01];
+/// Shares of the baseline's requests that are to lie above the bounds of a latency: the bulk, the slow ones and the tail.
+const SLOW: [f64; counters::KINDS] = [0.25, 0.05, 0.01];
 
 /// What is to be asked before the evidence of a KPI can begin.
 #[derive(Clone, Debug, PartialEq)]
@@ -105,7 +105,8 @@ impl Lesson {
             spread: vec![],
             bounds: vec![],
             native: false,
-            rate: Counts::default(),
+            shares: vec![],
+            requests: 0.0,
         };
         let learned = match (&self.kpi.test, read.as_slice()) {
             (Test::ErrorRatio { .. }, [errors, total]) => {
@@ -113,7 +114,8 @@ impl Lesson {
                 let counted: Vec<_> = events.chain(counters::plain(Counter::Total, total)).collect();
                 let blocks = Blocks::of(&counted, 1, grid);
                 let (pods, spread) = blocks.spread(0);
-                Preflight { pods, spread: vec![spread], rate: blocks.rate(self.block), ..nothing }
+                let (shares, requests) = (vec![blocks.share(0)], blocks.requests(self.block));
+                Preflight { pods, spread: vec![spread], shares, requests, ..nothing }
             }
             (Test::Latency { .. }, [buckets]) => {
                 let frozen = self.begun.as_ref().map(|begun| (begun.bounds.clone(), begun.native));
@@ -125,7 +127,9 @@ impl Lesson {
                 let learned: Vec<_> = (0..bounds.len()).map(|kind| blocks.spread(kind)).collect();
                 let pods = learned.iter().map(|(pods, _)| *pods).min().unwrap_or_default();
                 let spread = learned.into_iter().map(|(_, spread)| spread).collect();
-                Preflight { pods, spread, bounds, native, rate: blocks.rate(self.block), ..nothing }
+                let shares = (0..bounds.len()).map(|kind| blocks.share(kind)).collect();
+                let requests = blocks.requests(self.block);
+                Preflight { pods, spread, bounds, native, shares, requests, ..nothing }
             }
             (Test::Gauge { .. }, [values]) => {
                 let (pods, spread) = gauge_spread(values, grid);
@@ -145,7 +149,8 @@ impl Lesson {
             Some(_) if short || learned.pods == 0 => None,
             // Evidence goes on from where it began; what is now known holds from here on.
             Some(begun) => {
-                Some(Preflight { until: begun.until, cautious_until: Some(self.until), ..learned })
+                let (until, shares) = (begun.until, begun.shares.clone());
+                Some(Preflight { until, shares, cautious_until: Some(self.until), ..learned })
             }
         })
     }
@@ -194,10 +199,10 @@ impl Blocks {
         blocks
     }
 
-    /// How many pods were told apart, and the standard deviation of their log rates: the variance of the counts beyond that of
-    /// counting, divided by that of the expected counts. With e = n·p of each pod and block, p the rate of all pods in that
-    /// block and c = (K-1)/K: tau² = (sum (x-e)² - c·sum e - s) / (c·sum e²), where s² = sum (2e² + e) is the variance of that sum
-    /// under counting alone: what a few counts show by chance is not taken for a difference.
+    /// How many pods were told apart, and the standard deviation of their log odds: the variance of the counts beyond that of
+    /// counting, v, divided by v². With v = n·p·(1-p) of each pod and block, p the share of all pods in that block and c = (K-1)/K:
+    /// tau² = (sum (x - n·p)² - c·sum v - s) / (c·sum v²), where s² = sum (2v² + v) is the variance of that sum under counting alone:
+    /// what a few counts show by chance is not taken for a difference.
     fn spread(&self, kind: usize) -> (i32, f64) {
         let pods = self.total.len();
         let requests: f64 = self.total.iter().flatten().flatten().sum();
@@ -216,11 +221,12 @@ impl Blocks {
                 continue;
             }
             for (total, events) in there() {
-                let e = total * x / n;
-                squares += (events - e).powi(2);
-                chance += 2.0 * e * e + e;
-                expected += e;
-                expected_squares += e * e;
+                // The variance of counting, which is also by how much the count changes with the log odds.
+                let v = total * (x / n) * (1.0 - x / n);
+                squares += (events - total * x / n).powi(2);
+                chance += 2.0 * v * v + v;
+                expected += v;
+                expected_squares += v * v;
             }
         }
         let variance = match expected_squares > 0.0 {
@@ -230,12 +236,17 @@ impl Blocks {
         (i32::try_from(pods).unwrap_or(i32::MAX), super::rounded(variance.sqrt().clamp(LEAST, CAUTIOUS)))
     }
 
-    /// Events of the first kind and requests, per second and pod.
-    fn rate(&self, block: i64) -> Counts {
-        let seconds = (self.total.iter().flatten().flatten().count() as f64 * block as f64).max(1.0);
+    /// Share of all requests that are events of a kind; 0 without requests.
+    fn share(&self, kind: usize) -> f64 {
         let total: f64 = self.total.iter().flatten().flatten().sum();
-        let events: f64 = self.events.first().map_or(0.0, |rows| rows.iter().flatten().sum());
-        Counts { events: super::rounded(events / seconds), total: super::rounded(total / seconds) }
+        let events: f64 = self.events[kind].iter().flatten().sum();
+        super::rounded((events / total.max(1.0)).min(1.0))
+    }
+
+    /// Requests per second and pod.
+    fn requests(&self, block: i64) -> f64 {
+        let requests = || self.total.iter().flatten().flatten();
+        super::rounded(requests().sum::<f64>() / (requests().count() as f64 * block as f64).max(1.0))
     }
 }
 

@@ -213,7 +213,8 @@ mod tests {
             spread: vec![],
             bounds: vec!["0.25".to_owned(), "1".to_owned()],
             native,
-            rate: api::Counts::default(),
+            shares: vec![],
+            requests: 0.0,
         };
         let trial =
             |native| Trial { preflight: Some(learned(native)), ..trial(latency(), "shop", "c", Some("b")) };

@@ -5,7 +5,7 @@ use crate::api::{Carry, Cause, Counts, Evidence, ShareEvidence, Verdict};
 
 use super::{
     AnswerHealth, Arm, Finding, Grid, Test, Trial,
-    counters::{BASELINE, CANARY, Cold, Counters, Read},
+    counters::{BASELINE, CANARY, Cold, Counters, Read, Tally},
     eprocess::{self, add},
     power, quote,
 };
@@ -23,12 +23,14 @@ const IDLE_AFTER: f64 = 20.0;
 /// A share that is compared.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Share {
-    /// The ratio of shares that is called equal, as the user has it.
+    /// The ratio of odds that is called equal, as the user has it.
     pub(super) tolerance: f64,
     /// Smallest difference that matters.
     pub(super) minimum_effect: f64,
     /// How much pods differ.
     pub(super) spread: f64,
+    /// The share of the baseline's requests that was learned.
+    pub(super) usual: f64,
 }
 
 /// Folds the ticks after `grid.from`.
@@ -50,16 +52,20 @@ pub(super) fn fold(
     evidence.shares.iter_mut().for_each(eprocess::prepare);
     for index in 1..grid.len() {
         let tick = grid.tick(index);
-        let counted = |kind: usize| {
-            read.counts[index].map(|tally| {
+        let counted = |of: &[[Tally; 2]], kind: usize| {
+            of[index].map(|tally| {
                 // More events than requests come from counters that do not belong together.
                 Counts { events: tally.events[kind].min(tally.total), total: tally.total }
             })
         };
         if tick <= evidence.last_tick {
-            // Against the tick at which the evidence begins, a change of the rate in the first one can be told.
+            // Against the tick at which the evidence begins, a change of the rate in the first one can be told, also of pods that were
+            // cold then.
             for (kind, seen) in evidence.shares.iter_mut().enumerate().filter(|_| evidence.fresh_ticks == 0) {
-                let [canary, baseline] = counted(kind);
+                let [mut canary, mut baseline] = counted(&read.counts, kind);
+                let [cold_canary, cold_baseline] = counted(&read.cold, kind);
+                add(&mut canary, cold_canary);
+                add(&mut baseline, cold_baseline);
                 seen.latest = Carry { canary, baseline };
             }
             continue;
@@ -72,20 +78,13 @@ pub(super) fn fold(
         let fresh = read.fresh[CANARY][index] && read.fresh[BASELINE][index];
         evidence.fresh_ticks += i64::from(fresh);
         for (kind, (seen, share)) in evidence.shares.iter_mut().zip(&shares).enumerate() {
-            let [canary, baseline_counts] = counted(kind);
+            let [canary, baseline_counts] = counted(&read.counts, kind);
             add(&mut seen.canary, canary);
             add(&mut seen.baseline, baseline_counts);
             if fresh {
-                let r0 = trial.tolerated_at(share, baseline, tick);
+                let r0 = trial.tolerated_at(share, baseline, tick, evidence.fresh_ticks);
                 eprocess::begin(seen, evidence.fresh_ticks);
-                eprocess::weigh(
-                    seen,
-                    canary,
-                    baseline_counts,
-                    r0,
-                    share.minimum_effect,
-                    evidence.fresh_ticks,
-                );
+                eprocess::weigh(seen, canary, baseline_counts, r0, share, evidence.fresh_ticks);
             } else if canary.total > 0.0 || baseline_counts.total > 0.0 {
                 // After a gap one arm may be back a tick before the other. Its increase over the gap waits for the other's.
                 let carry = seen.carry.get_or_insert_default();
