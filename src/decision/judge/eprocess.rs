@@ -10,7 +10,10 @@
 
 use crate::api::{Carry, Counts, ShareEvidence};
 
-use super::share::Share;
+use super::{
+    counters::{BASELINE, CANARY},
+    share::Share,
+};
 
 /// Alternatives of the mixture, as multiples of the tolerated ratio of odds; equal prior weights.
 const ALTERNATIVES: [f64; 7] = [1.25, 1.6, 2.0, 3.0, 5.0, 10.0, 30.0];
@@ -96,7 +99,7 @@ impl Rival {
             let (p0, p1) = (self.null[arm], self.alternative[arm]);
             counts.events * (p1 / p0).ln() + (counts.total - counts.events) * ((-p1).ln_1p() - (-p0).ln_1p())
         };
-        arm(canary, 0) + arm(baseline, 1)
+        arm(canary, CANARY) + arm(baseline, BASELINE)
     }
 }
 
@@ -231,4 +234,57 @@ fn log_sum(a: f64, b: f64) -> f64 {
 pub(super) fn add(sum: &mut Counts, counts: Counts) {
     sum.events += counts.events;
     sum.total += counts.total;
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// One request of all, which is the canary's with the probability `weight`: what is larger than that of one for fixed
+        /// numbers of requests, by the inequality of the arithmetic and the geometric mean.
+        #[test]
+        fn the_factor_of_a_request_is_at_most_one_in_the_mean_under_every_null_hypothesis(
+            r0 in 1.0..8.0f64,
+            more in prop::sample::select(ALTERNATIVES.to_vec()),
+            usual in 0.0..1.0f64,
+            weight in 0.01..0.99f64,
+            baseline in 0.0..1.0f64,
+            within in 0.0..1.0f64,
+        ) {
+            let rival = Rival::of(r0, more * r0, usual, weight);
+            let canary = odds_times(within * r0, baseline);
+            let mean = |arm: usize, share: f64| {
+                let (p0, p1) = (rival.null[arm], rival.alternative[arm]);
+                share * p1 / p0 + (1.0 - share) * (1.0 - p1) / (1.0 - p0)
+            };
+            let mean = weight * mean(CANARY, canary) + (1.0 - weight) * mean(BASELINE, baseline);
+            prop_assert!(mean <= 1.0 + 1e-9, "{mean}");
+        }
+
+        #[test]
+        fn splitting_a_tick_at_equal_exposure_changes_nothing(
+            r0 in 1.0..8.0f64,
+            usual in prop_oneof![Just(0.0), 0.0..1.0f64],
+            requests in (1u32..1000, 1u32..1000),
+            parts in prop::collection::vec((0.0..1.0f64, 0.0..1.0f64), 1..10),
+        ) {
+            let (nc, nb) = (f64::from(requests.0), f64::from(requests.1));
+            let counts = |(c, b): (f64, f64)| {
+                (Counts { events: (c * nc).floor(), total: nc }, Counts { events: (b * nb).floor(), total: nb })
+            };
+            let (mut canary, mut baseline) = (Counts::default(), Counts::default());
+            let mut split = 0.0;
+            for (c, b) in parts.into_iter().map(counts) {
+                add(&mut canary, c);
+                add(&mut baseline, b);
+                split += Rival::of(r0, 2.0 * r0, usual, nc / (nc + nb)).log_ratio(c, b);
+            }
+            let weight = canary.total / (canary.total + baseline.total);
+            let whole = Rival::of(r0, 2.0 * r0, usual, weight).log_ratio(canary, baseline);
+            prop_assert!((whole - split).abs() <= 1e-9 * whole.abs().max(canary.total), "{whole} {split}");
+        }
+    }
 }
