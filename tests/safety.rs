@@ -862,7 +862,7 @@ fn the_checkpoint_of_the_bundled_kpis_is_small() {
         .map(|kpi| {
             let shares = match kpi.test {
                 Test::ErrorRatio { .. } => 1,
-                Test::Latency { .. } => 2,
+                Test::Latency { .. } => 3,
                 Test::Gauge { .. } | Test::Threshold { .. } => 0,
             };
             let gauge =

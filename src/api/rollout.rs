@@ -348,8 +348,7 @@ pub struct Latency {
     #[schemars(range(min = 1, max = 10))]
     pub tolerance: f64,
 
-    /// Smallest difference of the two shares that matters at the lower bound, as a share of requests; at the upper bound it is
-    /// two fifths of this.
+    /// Smallest difference of the arms' shares that matters, as a share of requests; at the last bound it is two fifths of this.
     #[serde(default = "default_slow_effect")]
     #[schemars(range(min = 0.00001, max = 0.5))]
     pub minimum_effect: f64,
