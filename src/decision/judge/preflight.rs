@@ -114,12 +114,18 @@ impl Lesson {
                 let counted: Vec<_> = events.chain(counters::plain(Counter::Total, total)).collect();
                 let blocks = Blocks::of(&counted, 1, grid);
                 let (pods, spread) = blocks.spread(0);
-                let (shares, requests) = (vec![blocks.share(0)], blocks.requests(self.block));
+                // Frozen like the bounds of a latency, so that a replay weighs every tick as it was weighed.
+                let shares = match &self.begun {
+                    Some(begun) => begun.shares.clone(),
+                    None => vec![blocks.share()],
+                };
+                let requests = blocks.requests(self.block);
                 Preflight { pods, spread: vec![spread], shares, requests, ..nothing }
             }
             (Test::Latency { .. }, [buckets]) => {
-                let frozen = self.begun.as_ref().map(|begun| (begun.bounds.clone(), begun.native));
-                let Some((bounds, native)) = frozen.or_else(|| bounds(buckets, grid)) else {
+                let begun = self.begun.as_ref();
+                let frozen = begun.map(|begun| (begun.bounds.clone(), begun.shares.clone(), begun.native));
+                let Some((bounds, shares, native)) = frozen.or_else(|| bounds(buckets, grid)) else {
                     return Ok(None);
                 };
                 let values: Vec<f64> = bounds.iter().filter_map(|text| text.parse().ok()).collect();
@@ -127,7 +133,6 @@ impl Lesson {
                 let learned: Vec<_> = (0..bounds.len()).map(|kind| blocks.spread(kind)).collect();
                 let pods = learned.iter().map(|(pods, _)| *pods).min().unwrap_or_default();
                 let spread = learned.into_iter().map(|(_, spread)| spread).collect();
-                let shares = (0..bounds.len()).map(|kind| blocks.share(kind)).collect();
                 let requests = blocks.requests(self.block);
                 Preflight { pods, spread, bounds, native, shares, requests, ..nothing }
             }
@@ -149,8 +154,7 @@ impl Lesson {
             Some(_) if short || learned.pods == 0 => None,
             // Evidence goes on from where it began; what is now known holds from here on.
             Some(begun) => {
-                let (until, shares) = (begun.until, begun.shares.clone());
-                Some(Preflight { until, shares, cautious_until: Some(self.until), ..learned })
+                Some(Preflight { until: begun.until, cautious_until: Some(self.until), ..learned })
             }
         })
     }
@@ -236,10 +240,10 @@ impl Blocks {
         (i32::try_from(pods).unwrap_or(i32::MAX), super::rounded(variance.sqrt().clamp(LEAST, CAUTIOUS)))
     }
 
-    /// Share of all requests that are events of a kind; 0 without requests.
-    fn share(&self, kind: usize) -> f64 {
+    /// Share of all requests that are events of the first kind; 0 without requests.
+    fn share(&self) -> f64 {
         let total: f64 = self.total.iter().flatten().flatten().sum();
-        let events: f64 = self.events[kind].iter().flatten().sum();
+        let events: f64 = self.events[0].iter().flatten().sum();
         super::rounded((events / total.max(1.0)).min(1.0))
     }
 
@@ -250,10 +254,10 @@ impl Blocks {
     }
 }
 
-/// The largest bounds that enough requests exceed, the lower first, and whether the histogram is a native one; where none are
-/// exceeded that often, the least bound there is. Where both are the same, since the buckets are wide, the next larger bound is the
-/// upper one: what is above it is rare, and shows what the lower one cannot where most requests exceed that.
-fn bounds(buckets: &[Series], grid: Grid) -> Option<(Vec<String>, bool)> {
+/// The largest bounds that enough requests exceed, the lower first; which shares of all requests do; and whether the histogram is a
+/// native one. Where none are exceeded that often, the least bound there is. Where all are the same, since the buckets are wide, the
+/// next larger bound is the upper one: what is above it is rare, and shows what the lower one cannot where most requests exceed that.
+fn bounds(buckets: &[Series], grid: Grid) -> Option<(Vec<String>, Vec<f64>, bool)> {
     // By histogram: its buckets by rising bound, each with its increase.
     let mut histograms: BTreeMap<&str, Vec<(&Bucket, f64)>> = BTreeMap::new();
     for series in buckets {
@@ -287,17 +291,20 @@ fn bounds(buckets: &[Series], grid: Grid) -> Option<(Vec<String>, bool)> {
     let (_, _, all) = *counted.last().filter(|(le, _, all)| *le == f64::INFINITY && *all > 0.0)?;
     counted.pop();
     let exceeded = |share: f64| {
-        let found = counted.iter().rev().find(|(.., up_to)| all - up_to >= share * all);
-        found.or(counted.first()).map(|(_, text, _)| (*text).to_owned())
+        let found = counted.iter().rposition(|(.., up_to)| all - up_to >= share * all);
+        found.unwrap_or_default()
     };
-    let mut bounds: Vec<String> = SLOW.iter().filter_map(|share| exceeded(*share)).collect();
+    let mut bounds: Vec<usize> = SLOW.iter().map(|share| exceeded(*share)).collect();
     bounds.dedup();
-    if let [only] = bounds.as_slice() {
-        let larger = counted.iter().skip_while(|(_, text, _)| text != only).nth(1);
-        bounds.extend(larger.map(|(_, text, _)| (*text).to_owned()));
+    if let [only] = *bounds {
+        bounds.push(only + 1);
     }
+    let bounds = bounds.into_iter().filter_map(|index| counted.get(index));
+    let (bounds, shares): (Vec<_>, Vec<_>) = bounds
+        .map(|(_, text, up_to)| ((*text).to_owned(), super::rounded(((all - up_to) / all).clamp(0.0, 1.0))))
+        .unzip();
     let native = buckets.iter().any(|series| series.bucket.as_ref().is_some_and(|bucket| bucket.native));
-    (!bounds.is_empty()).then_some((bounds, native))
+    (!bounds.is_empty()).then_some((bounds, shares, native))
 }
 
 /// How many pods were told apart, and the standard deviations between their means: of the logarithms and of the plain values.
