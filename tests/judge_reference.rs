@@ -73,6 +73,8 @@ struct BoundsCase {
     /// For each pod the count of each bucket, the last one that of all.
     counts: Vec<Vec<f64>>,
     bounds: Vec<String>,
+    /// The share of all above each bound.
+    shares: Vec<f64>,
 }
 
 #[derive(Deserialize)]
@@ -285,6 +287,10 @@ fn the_bounds_of_a_latency_are_those_below_the_quantiles() {
         });
         let learned = lesson.learn(&[Answer::Series(buckets.collect())]).unwrap().unwrap();
         assert_eq!(learned.bounds, case.bounds, "{}", case.name);
+        assert_eq!(learned.shares.len(), case.shares.len(), "{}", case.name);
+        for (seen, expected) in learned.shares.iter().zip(case.shares) {
+            close(&case.name, *seen, expected, 1e-6);
+        }
     }
 }
 

@@ -121,8 +121,8 @@ pub struct Told {
 /// How the log evidence itself is made; the counts of each tick are those of `backtest`.
 const EVIDENCE: &str =
     "  The evidence of an errorRatio or a latency is made tick by tick from canary x of n and baseline y of m in that tick. With r0 the
-  tolerated ratio of odds, p the usual share and o(r, b) = r b / (1 - b + r b), seven weights, one for each k of 1.25, 1.6, 2, 3, 5,
-  10 and 30, begin with 4/5; at tick t > 1 each gets 1/5 / ((t-1) t) more; then it is multiplied by
+  tolerated ratio of odds, p the usual share (1e-15 where it is 0) and o(r, b) = r b / (1 - b + r b), seven weights, one for each k of
+  1.25, 1.6, 2, 3, 5, 10 and 30, begin with 4/5; at tick t > 1 each gets 1/5 / ((t-1) t) more; then it is multiplied by
   (o(r0 k, p) / o(r0, b))^x ((1 - o(r0 k, p)) / (1 - o(r0, b)))^(n-x) (p / b)^y ((1 - p) / (1 - b))^(m-y), where b is such that
   n o(r0, b) + m b = n o(r0 k, p) + m p.
   Of a latency r0 is at tick t no less than 1.5^exp(-(t-1) interval / (3 warmUp)). With the odds u(x, n) = (x + 1/2) / (n - x + 1/2)
@@ -133,9 +133,9 @@ const EVIDENCE: &str =
   After tick t the evidence is ln(mean of the weights + 1/5 / t), less ln(number of bounds) of a latency. It alarms where it reaches
   ln(1/alpha) while the shares differ by minimumEffect or more (2/5 of it at a latency's last bound) and the odds by a factor of
   r0^(1 + 0.75 / sqrt(t)) or more, in the whole stage or in its latest ticks, of which each older one weighs 0.9 times as much; there
-  t is 10 at most. The evidence of a gauge is the highest ln(1/p) + ln of the
-  look's share so far, p that of Student's t on the pods' means or slopes. The share of look q is 3/4 of 9/10 for the means and q = 1,
-  3/4 of 1/10 / ((q-1) q) for the means later, 1/4 of 6 / (pi^2 q^2) for the slopes and their own q. To see each tick:
+  t is 10 at most. The evidence of a gauge is the highest ln(1/p) + ln of the look's share so far, p that of Student's t on the pods'
+  means or slopes. The share of look q is 3/4 of 9/10 for the means and q = 1, 3/4 of 1/10 / ((q-1) q) for the means later, 1/4 of
+  6 / (pi^2 q^2) for the slopes and their own q. To see each tick:
 ";
 
 /// Explains a rollout. `rollout` is absent where the specification cannot be followed.

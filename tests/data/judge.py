@@ -330,7 +330,9 @@ def bounds():
             # Wide buckets: the next larger bound shows what is rare.
             found.append(les[min(les.index(found[0]) + 1, len(les) - 1)])
         counts = [[int((times[pod::4] <= edge).sum()) for edge in edges] + [len(times[pod::4])] for pod in range(4)]
-        cases.append({"name": name, "les": les, "counts": counts, "bounds": list(dict.fromkeys(found))})
+        found = list(dict.fromkeys(found))
+        shares = [float((times > float(le)).mean()) for le in found]
+        cases.append({"name": name, "les": les, "counts": counts, "bounds": found, "shares": shares})
     return cases
 
 
